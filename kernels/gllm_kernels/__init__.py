@@ -1,0 +1,1 @@
+"""GPU kernels: one operation, one file - Triton kernel, launcher, plain-torch reference."""
