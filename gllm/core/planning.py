@@ -1,0 +1,193 @@
+"""From a policy's `Batch` to a `Plan`: first everything is checked, then everything is committed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, cast
+
+from gllm.core.decision import PlanError
+from gllm.core.events import Scheduled
+from gllm.core.plan import Chunk, Joined, Plan
+from gllm.core.request import NEVER, Phase
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from collections.abc import Sequence as Seq
+
+    from gllm.core.decision import Batch, SequenceView
+    from gllm.core.events import Event
+    from gllm.core.kvcache import BlockPool
+    from gllm.core.request import Sequence
+    from gllm.core.state import State
+
+
+def check_batch(state: State, batch: Batch, max_tokens: int) -> None:
+    """Raise `PlanError` unless the batch can be committed whole."""
+    prefill, num_decode, names = batch
+    if names:
+        _check_named(batch)
+        num_decode = len(names)
+    elif num_decode < 0 or num_decode > state.rotation.num_ready:
+        raise PlanError(f"{num_decode} decode steps asked for, {state.rotation.num_ready} sequences are ready")
+    tokens = blocks = 0
+    if prefill:
+        tokens, blocks = _check_chunks(state, prefill)
+    elif not num_decode:
+        raise PlanError("an empty batch; a policy with nothing to plan says Wait")
+    if tokens + num_decode > max_tokens:
+        raise PlanError(f"{tokens + num_decode} tokens in one batch, the policy promised at most {max_tokens}")
+    free = state.pool.num_free
+    if blocks + num_decode > free:  # each step needs one block at most; count exactly only when it is tight
+        blocks += _named_blocks(names) if names else state.rotation.count_blocks(num_decode)
+        if blocks > free:
+            raise PlanError(f"the batch needs {blocks} cache blocks, {free} are free")
+
+
+def _check_named(batch: Batch) -> None:
+    if batch.num_decode:
+        raise PlanError("a batch either counts decode steps or names them, not both")
+    names = cast("Seq[Sequence]", batch.decode)
+    for sequence in names:
+        if sequence.group is None or not sequence.group.ready:
+            raise PlanError(f"{sequence!r} is not ready to decode")
+    if len({sequence.id for sequence in names}) != len(names):
+        raise PlanError("a sequence is named twice")
+
+
+def _named_blocks(names: Iterable[SequenceView]) -> int:
+    sequences = cast("Iterable[Sequence]", names)
+    return sum(sequence.id in sequence.group.growing() for sequence in sequences if sequence.group)
+
+
+def _check_chunks(state: State, prefill: Seq[tuple[SequenceView, int]]) -> tuple[int, int]:
+    """Check each chunk; return (tokens, blocks) of all."""
+    tokens = blocks = admitted = 0
+    seen = set()
+    for sequence, count in prefill:
+        cached = 0
+        if sequence.phase is Phase.WAITING and sequence.id in state.sequences:
+            admitted += 1
+            cached = state.cached_tokens(sequence)
+        elif sequence.phase is not Phase.PREFILLING:
+            raise PlanError(f"{sequence!r} has no prompt left to plan")
+        left = sequence.num_uncomputed_tokens - cached
+        if not 1 <= count <= left:
+            raise PlanError(f"{count} tokens asked for {sequence!r}, {left} are left to compute")
+        seen.add(sequence.id)
+        tokens += count
+        blocks += state.chunk_blocks(sequence, count)
+    if len(seen) != len(prefill):
+        raise PlanError("a sequence is named twice")
+    if len(state.running_by_id) + admitted > state.limits.max_num_seqs:
+        raise PlanError(f"{admitted} more sequences would exceed max_num_seqs={state.limits.max_num_seqs}")
+    return tokens, blocks
+
+
+def commit_batch(state: State, batch: Batch, events: list[Event]) -> Plan:
+    """Carry out a checked batch: allocate, move sequences on, put the plan on the road."""
+    prefill, num_decode, names = batch
+    plan = Plan(state.num_plans)
+    chunks = cast("Seq[tuple[Sequence, int]]", prefill) if prefill else ()
+    for sequence, _ in chunks:
+        if sequence.phase is Phase.WAITING:  # before anything is allocated, lest its cached prefix be evicted
+            _admit(state, sequence, events)
+    if names:
+        state.rotation.bring_forward(cast("Iterable[Sequence]", names))
+        num_decode = len(names)
+    if num_decode:
+        _commit_decode(state, plan, num_decode)
+    if chunks:
+        _commit_chunks(state, plan, chunks)
+    plan.num_sampled = num_decode + len(plan.prefilled)
+    plan.num_free_blocks = state.pool.num_free
+    state.num_plans += 1
+    state.in_flight.append(plan)
+    return plan
+
+
+def _commit_decode(state: State, plan: Plan, count: int) -> None:
+    group = plan.group = state.rotation.take(count)
+    plan.step = group.step
+    plan.num_decode_tokens = count
+    plan.decode_context = group.context
+    plan.previous = group.last_plan
+    if group.joined:
+        plan.joined = [
+            Joined(sequence, sequence.last_plan, sequence.num_output_tokens) for sequence in group.joined.values()
+        ]
+    growing = group.growing()
+    if growing:
+        plan.grown = list(zip(growing.values(), state.pool.allocate(len(growing)), strict=True))
+        for sequence, block in plan.grown:
+            sequence.blocks.append(block)
+    ending = group.advance(plan.id)
+    if ending is not None:
+        plan.ending = ending
+
+
+def _commit_chunks(state: State, plan: Plan, prefill: Seq[tuple[Sequence, int]]) -> None:
+    chunks = []
+    tokens = pairs = context = 0
+    for sequence, count in prefill:
+        start = sequence.num_computed_tokens
+        end = start + count
+        _cover(state.pool, sequence, end)
+        sequence.last_plan = plan.id
+        final = end == sequence.target
+        if final:
+            _complete_prompt(state, plan, sequence)
+        chunks.append(Chunk(sequence, start, count, final, sequence.last_token_plan))
+        tokens += count
+        pairs += count * start + count * (count + 1) // 2
+        context += end
+    plan.chunks = chunks
+    plan.num_prefill_tokens = tokens
+    plan.prefill_pairs = pairs
+    plan.prefill_context = context
+    state.num_waiting_tokens -= tokens
+
+
+def _admit(state: State, sequence: Sequence, events: list[Event]) -> None:
+    state.queue.remove(sequence)
+    hits: Seq[int] = state.find_hits(sequence).hits if sequence.request.block_hashes else ()
+    if hits:
+        state.pool.acquire(hits)
+        sequence.blocks.extend(hits)
+        sequence.num_hashed = len(hits)
+        sequence.num_computed_tokens = len(hits) * state.limits.block_size
+        state.num_waiting_tokens -= sequence.num_computed_tokens
+    sequence.hits = ()
+    sequence.hits_version = NEVER
+    sequence.phase = Phase.PREFILLING
+    state.prefilling_by_id[sequence.id] = sequence
+    state.running_by_id[sequence.id] = sequence
+    state.num_waiting -= 1
+    state.num_running += 1
+    state.num_reserved_blocks += state.limit_blocks(sequence)
+    if not sequence.admitted:
+        sequence.admitted = True
+        events.append(Scheduled(sequence.id, sequence.num_computed_tokens))
+
+
+def _cover(pool: BlockPool, sequence: Sequence, end: int) -> None:
+    """Give the sequence blocks for its first `end` tokens and publish those that are full.
+
+    Published at planning: micro-batches run in order, so whoever hits a block runs after it is written.
+    """
+    need = -(-end // pool.block_size) - len(sequence.blocks)
+    if need > 0:
+        sequence.blocks.extend(pool.allocate(need))
+    sequence.num_computed_tokens = end
+    hashes = sequence.request.block_hashes
+    if hashes and pool.sharing:
+        full = min(end // pool.block_size, len(hashes))
+        pool.share(sequence.blocks, hashes, sequence.num_hashed, full)
+        sequence.num_hashed = max(full, sequence.num_hashed)
+
+
+def _complete_prompt(state: State, plan: Plan, sequence: Sequence) -> None:
+    del state.prefilling_by_id[sequence.id]
+    sequence.phase = Phase.PREFILLED
+    sequence.settle(sequence.target + 1)
+    if sequence.target + 1 == sequence.limit:
+        plan.ending = [*plan.ending, sequence]
+    plan.prefilled = [*plan.prefilled, sequence]

@@ -1,0 +1,138 @@
+"""A pipeline of FIFO stages under simpy, twice: as a recurrence, and as one process per stage.
+
+The recurrence is exact for FIFO stages and costs one event a micro-batch:
+
+    start[k][s] = max(end[k][s-1] + transfer[k], end[k-1][s])
+    end[k][s]   = start[k][s] + cost[k][s]
+
+The process-per-stage pipeline says the same thing in simpy's words. It is slower and stays as the
+reference: a test holds the two equal, event for event.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import simpy
+
+if TYPE_CHECKING:
+    from collections.abc import Generator, Sequence
+
+RESULT, WAKE = 2, 3
+"""simpy priorities below NORMAL (1): an instant's arrivals first, then its results, then what is left to decide."""
+
+
+class Instant(simpy.Event):
+    """One callback at time `at`, after everything of that instant with a smaller `priority`.
+
+    Set up as simpy's own `Timeout` is, which has no priority; one is made for each micro-batch.
+    """
+
+    def __init__(self, env: simpy.Environment, at: int, priority: int, callback: Done, note: Any = None) -> None:  # noqa: ANN401
+        self.env = env
+        self.callbacks = [callback]
+        self._ok = True
+        self._value = self.note = note
+        self.at = at
+        env.schedule(self, priority, at - env.now)
+
+
+Done = Callable[["Instant"], None]
+"""Called at the end of the instant a result is back; `at` is the time, `note` when each stage ended."""
+
+
+class Pipeline(Protocol):
+    """Takes micro-batches 0, 1, 2, ... and reports each when its result is back at the engine."""
+
+    def submit(  # noqa: PLR0917 - positional: once for each simulated micro-batch
+        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int, done: Done
+    ) -> None:
+        """Enter the next micro-batch.
+
+        Args:
+            ready_ns: stage 0 may start then.
+            costs_ns: how long each stage computes.
+            transfer_ns: from one stage to the next.
+            return_ns: from the last stage back to the engine.
+            after: the batch whose sampled tokens stage 0 needs, if it may still be on the road; else -1.
+            done: what to call when the result is back.
+        """
+
+
+class RecurrencePipeline:
+    """The max-plus recurrence; one simpy event a micro-batch. `after` reaches back `memory` batches."""
+
+    def __init__(self, env: simpy.Environment, num_stages: int, memory: int) -> None:
+        self._env = env
+        self._ends = [0] * num_stages
+        self._exits: deque[int] = deque(maxlen=memory)
+        self._count = 0
+
+    def submit(  # noqa: PLR0917
+        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int, done: Done
+    ) -> None:
+        """Enter the next micro-batch."""
+        ends = self._ends
+        exits = self._exits
+        time = ready_ns
+        if after >= 0 and after >= self._count - len(exits):
+            time = max(time, exits[after - self._count] + transfer_ns)
+        stage = 0
+        for cost in costs_ns:  # the hottest loop of all: no enumerate, no max
+            end = ends[stage]
+            ends[stage] = time = (time if time > end else end) + cost  # noqa: FURB136
+            time += transfer_ns
+            stage += 1  # noqa: SIM113
+        time -= transfer_ns
+        self._count += 1
+        exits.append(time)
+        Instant(self._env, time + return_ns, RESULT, done, tuple(ends))
+
+
+class ProcessPipeline:
+    """One simpy process per stage, joined by queues."""
+
+    def __init__(self, env: simpy.Environment, num_stages: int, memory: int) -> None:  # noqa: ARG002 - same signature
+        self._env = env
+        self._exits: list[simpy.Event] = []
+        self._queues = [simpy.Store(env) for _ in range(num_stages)]
+        for stage in range(num_stages):
+            env.process(self._stage(stage))
+
+    def submit(  # noqa: PLR0917
+        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int, done: Done
+    ) -> None:
+        """Enter the next micro-batch."""
+        token = self._exits[after] if after >= 0 else None
+        self._exits.append(self._env.event())
+        self._queues[0].put(_Job(ready_ns, costs_ns, transfer_ns, return_ns, token, self._exits[-1], done, []))
+
+    def _stage(self, stage: int) -> Generator[simpy.Event, Any, None]:
+        env = self._env
+        while True:
+            job: _Job = yield self._queues[stage].get()
+            arrival = job.ready_ns if stage == 0 else job.ends[-1] + job.transfer_ns
+            if stage == 0 and job.token is not None:
+                exit_ns = yield job.token
+                arrival = max(arrival, exit_ns + job.transfer_ns)
+            yield env.timeout(max(0, arrival - env.now))
+            yield env.timeout(job.costs_ns[stage])
+            job.ends.append(env.now)
+            if stage + 1 < len(self._queues):
+                self._queues[stage + 1].put(job)
+            else:
+                job.exit.succeed(env.now)
+                Instant(env, env.now + job.return_ns, RESULT, job.done, tuple(job.ends))
+
+
+class _Job(NamedTuple):
+    ready_ns: int
+    costs_ns: Sequence[int]
+    transfer_ns: int
+    return_ns: int
+    token: simpy.Event | None
+    exit: simpy.Event
+    done: Done
+    ends: list[int]

@@ -1,0 +1,299 @@
+"""How long a micro-batch takes, from a model's shape and a GPU's data sheet: nothing measured, any model, any GPU.
+
+Every operation takes the longer of its arithmetic and its memory traffic (Williams, Waterman and Patterson,
+"Roofline", CACM 2009), at the share of the data sheet that good kernels reach, plus a fixed gap per kernel.
+With T tokens in the batch, of one layer on one GPU and in bytes and operations:
+
+    projection of p weights      max(2*p*T / FLOP/s, (weights + activations*T) / bytes/s)
+    experts, E of them, k each   as above; expected number of experts read E*(1 - (1 - k/E)^T)
+    prefill attention            max(4*heads*head_dim*pairs / FLOP/s, KV read once for each chunk / bytes/s)
+    decode attention             KV of all contexts / bytes/s
+    all-reduce, two per layer    latency + 2*(tp - 1)/tp * activations / link bytes/s
+
+A batch of decodes alone runs as a CUDA graph, padded to the next captured size; any other batch is launched kernel
+by kernel, and a stage cannot outrun its host. The arithmetic is + - * / and correctly rounded sums and roots
+(Python's own sum() of floats changed in 3.12), so results are equal on every machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, partial
+from math import fsum, sqrt
+from operator import itemgetter
+from typing import TYPE_CHECKING, NamedTuple
+
+from gllm.sim.cost import COMPONENTS
+from gllm.sim.parallel import Parallel
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gllm.model_shape import ModelShape
+    from gllm.sim.cost import Work
+    from gllm.sim.gpus import Gpu
+    from gllm.sim.parallel import Stage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RooflineConstants:
+    """What a data sheet does not say. "Measured" means on H200 with torch 2.11, NCCL 2.28, flash-attn 4."""
+
+    memory_efficiency: float = 0.90  # measured: a device-to-device copy moves 4.3 of 4.8 TB/s
+    gemm_efficiency: float = 0.80  # measured: an 8192-cubed bf16 product reaches 790 of 989 TFLOP/s
+    prefill_attention_efficiency: float = 0.50  # measured: 464 to 505 of 989 TFLOP/s, causal, 8 x 2048 tokens
+    decode_attention_efficiency: float = 0.68  # measured: 3.3 of 4.8 TB/s at best, 64 x 1150 tokens
+    all_reduce_efficiency: float = 0.78  # measured: 64 MiB over 4 GPUs in 323 us, less 37 us, of 450 GB/s
+    send_efficiency: float = 0.67  # measured: 64 MiB in 260 us, less 40 us, of 450 GB/s
+    kernel_gap_ns: int = 2_000  # ramp-up and drain of a kernel, in a graph too; a usual figure, not measured
+    launch_ns: int = 8_000  # host time to launch a kernel from Python: torch 5 to 6 us, Triton about 10 us
+    kernels_per_layer: int = 11  # 2 norms, 4 projections, head norm + rope + cache write 2, attention 2, activation
+    kernels_per_moe: int = 5  # beyond a dense MLP: scores, top-k, sort, scatter, sum
+    kernels_per_head: int = 8  # final norm, gather, logits, and a sampler of a few
+    logits_passes: int = 3  # times 32-bit logits cross memory: written, then read twice by the sampler
+    max_graph_size: int = 512  # largest captured batch; sizes 1, 2, 4, 8, then steps of 8. 0: no graphs
+    host_ns: int = 200_000  # plan message, input tensors, first launch; an assumption until profiled
+    return_ns: int = 100_000  # copy of sampled tokens to the host and a message; an assumption until profiled
+
+
+# Expected maximum of n standard normal deviates, n = 1 ... 16 (Harter, Biometrika 48, 1961, table 1).
+_EXPECTED_MAX = (
+    *(0.0, 0.5642, 0.8463, 1.0294, 1.1630, 1.2672, 1.3522, 1.4236),
+    *(1.4850, 1.5388, 1.5864, 1.6292, 1.6680, 1.7034, 1.7359, 1.7660),
+)
+
+
+def graph_size(num_sequences: int) -> int:
+    """Size of the CUDA graph that serves that many decodes: 1, 2, 4, then multiples of 8."""
+    if num_sequences <= 2:
+        return num_sequences
+    return 4 if num_sequences <= 4 else (num_sequences + 7) // 8 * 8
+
+
+def missed_expert_table(num_experts: int, num_experts_per_token: int) -> tuple[float, ...]:
+    """Chance that an expert is hit by none of T tokens, for T = 0, 1, ...: (1 - k/E)^T, until it is negligible.
+
+    By repeated multiplication: the last bit of a power differs between machines.
+    """
+    stay, table = 1.0 - num_experts_per_token / num_experts, [1.0]
+    while table[-1] > 1e-12:
+        table.append(table[-1] * stay)
+    return tuple(table)
+
+
+class _Matmul(NamedTuple):
+    """Nanoseconds of a projection's arithmetic and memory traffic on one GPU."""
+
+    token_compute_ns: float
+    token_memory_ns: float
+    weights_ns: float
+
+    def ns(self, num_tokens: float, share_read: float = 1.0) -> float:
+        """Take the longer of arithmetic and memory; `share_read` of the weights is read."""
+        return max(self.token_compute_ns * num_tokens, self.weights_ns * share_read + self.token_memory_ns * num_tokens)
+
+
+class _Rank:
+    """One layer on one of a stage's GPUs: costs that depend on the number of tokens alone."""
+
+    def __init__(self, shape: ModelShape, gpu: Gpu, parallel: Parallel, constants: RooflineConstants) -> None:
+        self.shape, self.gpu, self.parallel, self.constants = shape, gpu, parallel, constants
+        tp, width, data = parallel.tp, shape.hidden_size, shape.dtype_bytes
+        self.byte_ns = 1e9 / (gpu.bandwidth_bytes_per_s * constants.memory_efficiency)
+        self.token_bytes = width * data  # of a hidden state
+        query = shape.num_heads * shape.head_dim // tp
+        key_value = 2 * parallel.kv_heads_per_rank(shape) * shape.head_dim
+        self.projections = (self._matmul(width, query + key_value), self._matmul(query, width))
+        self.dense = self._mlp(shape.intermediate_size / tp)
+        self.shared = self._mlp(shape.shared_expert_intermediate_size / tp)
+        # Both norms read and write the hidden state and the residual; rope and the cache pass over q, k and v.
+        self.element_ns = (8 * width + 2 * (query + key_value)) * data * self.byte_ns
+        if shape.is_moe:
+            self._prepare_experts()
+
+    def _matmul(self, inputs: float, outputs: float) -> _Matmul:
+        flop_ns = 1e9 / (self.gpu.bf16_flop_per_s * self.constants.gemm_efficiency)
+        element_ns = self.shape.dtype_bytes * self.byte_ns
+        return _Matmul(2 * inputs * outputs * flop_ns, (inputs + outputs) * element_ns, inputs * outputs * element_ns)
+
+    def _mlp(self, width: float) -> tuple[_Matmul, ...]:
+        """Gate and up in one product, then down; the activation between them reads two and writes one."""
+        if not width:
+            return ()
+        hidden = self.shape.hidden_size
+        activation = _Matmul(0.0, 3 * width * self.shape.dtype_bytes * self.byte_ns, 0.0)
+        return (self._matmul(hidden, 2 * width), activation, self._matmul(width, hidden))
+
+    def _prepare_experts(self) -> None:
+        shape, ep = self.shape, self.parallel.ep
+        one = self._mlp(shape.moe_intermediate_size / (self.parallel.tp // ep))
+        # As one product, with the weights of all experts of the rank.
+        compute_ns, memory_ns, weights_ns = (fsum(times) for times in zip(*one, strict=True))
+        self.expert = _Matmul(compute_ns, memory_ns, weights_ns * shape.num_experts / ep)
+        self.router = self._matmul(shape.hidden_size, shape.num_experts)
+        self.missed = missed_expert_table(shape.num_experts, shape.num_experts_per_token)
+
+    def moe_ns(self, num_tokens: int) -> float:
+        """One layer of experts, with uniform routing, on the fullest of the ep groups.
+
+        A group's rows are about normal with variance rows*(1 - 1/ep), so the fullest of ep groups has the expected
+        maximum of ep normal deviates more than the mean. The number of experts read is taken at its mean.
+        """
+        ep, k = self.parallel.ep, self.shape.num_experts_per_token
+        rows = num_tokens * k / ep
+        extra = _EXPECTED_MAX[min(ep, len(_EXPECTED_MAX)) - 1] * sqrt(rows * (1.0 - 1.0 / ep))
+        rows = min(rows + extra, num_tokens * min(k, self.shape.num_experts // ep))
+        missed = self.missed[num_tokens] if num_tokens < len(self.missed) else 0.0
+        shared_ns = fsum(part.ns(num_tokens) for part in self.shared)
+        return self.expert.ns(rows, 1.0 - missed) + self.router.ns(num_tokens) + shared_ns
+
+    def gemm_ns(self, num_tokens: int, stage: Stage) -> float:
+        """Every product of a stage's layers, with the activation between two of them."""
+        attention = fsum(part.ns(num_tokens) for part in self.projections)
+        dense = fsum(part.ns(num_tokens) for part in self.dense) if stage.num_dense else 0.0
+        experts = self.moe_ns(num_tokens) if stage.num_moe else 0.0
+        return attention * stage.num_layers + dense * stage.num_dense + experts * stage.num_moe
+
+    def all_reduce_ns(self, num_tokens: int) -> float:
+        """Sum one hidden state per token over the stage's GPUs, in a ring."""
+        tp = self.parallel.tp
+        return self._link_ns(2.0 * (tp - 1) / tp * num_tokens * self.token_bytes)
+
+    def _link_ns(self, num_bytes: float) -> float:
+        """Pass that many bytes to a neighbour in a collective; nothing to pass means a single GPU."""
+        bytes_per_s = self.gpu.link_bytes_per_s * self.constants.all_reduce_efficiency
+        return self.gpu.all_reduce_latency_ns + num_bytes * 1e9 / bytes_per_s if num_bytes else 0.0
+
+    def num_kernels(self, stage: Stage) -> int:
+        """Kernels of a stage's layers."""
+        per_layer = self.constants.kernels_per_layer + (2 if self.parallel.tp > 1 else 0)
+        return per_layer * stage.num_layers + self.constants.kernels_per_moe * stage.num_moe
+
+    def head_ns(self, num_rows: int) -> float:
+        """Final norm, logits of the rank's slice of the vocabulary, and sampling."""
+        if not num_rows:
+            return 0.0
+        constants, tp, vocab = self.constants, self.parallel.tp, self.shape.vocab_size
+        logits_ns = num_rows * vocab / tp * 4 * constants.logits_passes * self.byte_ns
+        gather_ns = self._link_ns(num_rows * vocab * 4.0 * (tp - 1) / tp)
+        kernels_ns = constants.kernels_per_head * constants.kernel_gap_ns
+        return self._matmul(self.shape.hidden_size, vocab / tp).ns(num_rows) + logits_ns + gather_ns + kernels_ns
+
+
+class Roofline:
+    """The cost model of one model on one kind of GPU; see the module for its formulas.
+
+    Raises:
+        ValueError: the model cannot be spread so.
+    """
+
+    def __init__(
+        self,
+        *,
+        shape: ModelShape,
+        gpu: Gpu,
+        parallel: Parallel = Parallel(),  # noqa: B008 - frozen
+        constants: RooflineConstants = RooflineConstants(),
+    ) -> None:
+        parallel.check(shape)
+        self.num_stages, self.host_ns, self.return_ns = parallel.pp, constants.host_ns, constants.return_ns
+        self._constants, self._rank = constants, _Rank(shape, gpu, parallel, constants)
+        stages = parallel.stages(shape)
+        self._kinds = tuple(dict.fromkeys(stages))  # equal stages cost the same; the last stage is the last kind
+        self._kind_of_stage = [self._kinds.index(stage) for stage in stages]
+        self._spread = itemgetter(*self._kind_of_stage) if len(self._kinds) < len(stages) else None
+        # Each count's cost is computed once; counts are bounded by the batch size.
+        self._eager_ns, self._decode_ns = cache(self._eager), cache(self._decode)
+        self._head_ns = cache(lambda num_rows: int(self._rank.head_ns(num_rows)))
+        self._prepare_attention(shape, gpu, parallel)
+        self._hop_ns = gpu.send_latency_ns
+        self._hop_token_ns = self._rank.token_bytes * 1e9 / (gpu.link_bytes_per_s * constants.send_efficiency)
+
+    def __reduce__(self) -> tuple[partial[Roofline], tuple[()]]:
+        """Pickle as the configuration, for sweeps over processes."""
+        rank, new = self._rank, partial(Roofline, constants=self._constants)
+        return partial(new, shape=rank.shape, gpu=rank.gpu, parallel=rank.parallel), ()
+
+    def _prepare_attention(self, shape: ModelShape, gpu: Gpu, parallel: Parallel) -> None:
+        """Nanoseconds per query-key pair, cached token and query of one layer."""
+        constants, query = self._constants, shape.num_heads * shape.head_dim // parallel.tp
+        kv_bytes = 2 * parallel.kv_heads_per_rank(shape) * shape.head_dim * shape.dtype_bytes
+        query_bytes = 2 * query * shape.dtype_bytes  # the query read, the output written
+        byte_ns = 1e9 / (gpu.bandwidth_bytes_per_s * constants.decode_attention_efficiency)
+        self._decode_key_ns, self._decode_query_ns = kv_bytes * byte_ns, query_bytes * byte_ns
+        self._prefill_key_ns, self._prefill_query_ns = kv_bytes * self._rank.byte_ns, query_bytes * self._rank.byte_ns
+        self._pair_ns = 4 * query * 1e9 / (gpu.bf16_flop_per_s * constants.prefill_attention_efficiency)
+
+    def _padded(self, num_decode: int) -> int:
+        largest = self._constants.max_graph_size
+        return min(graph_size(num_decode), largest) if num_decode <= largest else num_decode
+
+    def _floor_ns(self, kind: Stage) -> float:
+        """The time the host needs to launch a stage's layers one kernel at a time."""
+        return float(self._rank.num_kernels(kind) * self._constants.launch_ns)
+
+    def _token_parts(self, num_tokens: int, kind: Stage) -> tuple[float, float, float]:
+        """Nanoseconds of `gemm`, `all_reduce` and `other` in a stage of that kind, whatever the contexts."""
+        rank = self._rank
+        embedding_ns = 2 * rank.token_bytes * num_tokens * rank.byte_ns if kind.is_first else 0.0
+        gaps_ns = rank.num_kernels(kind) * self._constants.kernel_gap_ns
+        return (
+            rank.gemm_ns(num_tokens, kind),
+            rank.all_reduce_ns(num_tokens) * (2 * kind.num_layers + kind.is_first),  # the embedding is sliced too
+            rank.element_ns * num_tokens * kind.num_layers + gaps_ns + embedding_ns,
+        )
+
+    def _eager(self, num_tokens: int) -> list[tuple[float, int, float]]:
+        """For each kind of stage: time beside attention, layers, and the least time of all."""
+        return [(fsum(self._token_parts(num_tokens, k)), k.num_layers, self._floor_ns(k)) for k in self._kinds]
+
+    def _decode(self, num_decode: int) -> list[tuple[float, int, float]]:
+        rows = self._eager(self._padded(num_decode))
+        in_graph = num_decode <= self._constants.max_graph_size
+        return [(fixed_ns, layers, 0.0) for fixed_ns, layers, _ in rows] if in_graph else rows
+
+    def _prefill_attention_ns(self, work: Work) -> float:
+        compute_ns = work.prefill_pairs * self._pair_ns
+        memory_ns = work.prefill_context * self._prefill_key_ns + work.num_prefill_tokens * self._prefill_query_ns
+        return max(compute_ns, memory_ns)
+
+    def stage_ns(self, work: Work) -> Sequence[int]:
+        """How long each stage computes."""
+        prefill, decode = work.num_prefill_tokens, work.num_decode_tokens
+        attention_ns = work.decode_context * self._decode_key_ns + decode * self._decode_query_ns
+        if prefill:
+            attention_ns += self._prefill_attention_ns(work)
+            rows = self._eager_ns(prefill + decode)
+        else:
+            rows = self._decode_ns(decode)
+        times = []
+        for fixed_ns, layers, floor_ns in rows:
+            time_ns = fixed_ns + attention_ns * layers
+            times.append(int(time_ns if time_ns > floor_ns else floor_ns))  # noqa: FURB136 - max() is slower
+        times[-1] += self._head_ns(work.num_sampled)
+        return times if self._spread is None else self._spread(times)
+
+    def transfer_ns(self, work: Work) -> int:
+        """How long hidden states take to the next stage; zero with a single stage."""
+        num_tokens = work.num_prefill_tokens + work.num_decode_tokens
+        return int(self._hop_ns + num_tokens * self._hop_token_ns) if self.num_stages > 1 else 0
+
+    def components(self, work: Work) -> dict[str, list[float]]:
+        """Split `stage_ns` by component; for each, one value per stage."""
+        rows = [self._kind_components(work, kind) for kind in self._kinds]
+        return {name: [rows[kind][name] for kind in self._kind_of_stage] for name in COMPONENTS}
+
+    def _kind_components(self, work: Work, kind: Stage) -> dict[str, float]:
+        prefill, decode = work.num_prefill_tokens, work.num_decode_tokens
+        gemm, all_reduce, other = self._token_parts(prefill + decode if prefill else self._padded(decode), kind)
+        decode_ns = work.decode_context * self._decode_key_ns + decode * self._decode_query_ns
+        parts = {
+            "gemm": gemm,
+            "prefill_attention": self._prefill_attention_ns(work) * kind.num_layers,
+            "decode_attention": decode_ns * kind.num_layers,
+            "all_reduce": all_reduce,
+            "other": other,
+        }
+        is_eager = prefill > 0 or decode > self._constants.max_graph_size
+        launch = max(0.0, self._floor_ns(kind) - fsum(parts.values())) if is_eager else 0.0
+        return {**parts, "head": float(self._head_ns(work.num_sampled)) if kind.is_last else 0.0, "launch": launch}
