@@ -13,7 +13,7 @@ from gllm.core.decision import Batch, PlanError, Preempt, StallError, Wait, Wait
 from gllm.core.events import Finished, FirstToken, Preempted, Rejected
 from gllm.core.plan import Plan, StepResult, Stopped
 from gllm.core.planning import check_batch, commit_batch
-from gllm.core.request import NEVER, Phase, Sequence
+from gllm.core.request import DECODING, FINISHED, NEVER, PREFILLED, PREFILLING, WAITING, Sequence
 from gllm.core.rotation import DecodeGroup
 from gllm.core.state import State
 
@@ -78,7 +78,8 @@ class Engine:
             StallError: Work is left, nothing is on the road, and the policy waits for nothing.
         """
         self._state.now_ns = now
-        self._events = events = []
+        events: list[Event] = []
+        self._events = events
         for result in results:
             self._complete(result)
         for request in requests:
@@ -86,35 +87,31 @@ class Engine:
         for request_id in aborts:
             self._abort(request_id)
         plans: list[Plan] = []
-        wait = self._decide(plans)
-        self._state.refresh()
-        return Turn(plans, events, wait)
+        return Turn(plans, events, self._decide(plans))
 
     def _decide(self, plans: list[Plan]) -> Wait:
-        state = self._state
-        in_flight = state.in_flight
-        while True:
-            if len(in_flight) >= self.limits.max_in_flight:
-                return _PIPELINE_FULL
-            state.refresh()
-            if not (state.num_ready or state.num_waiting_tokens):
+        state, decide = self._state, self.policy.decide
+        room = self.limits.max_in_flight - len(state.in_flight)
+        while room:
+            if not (state.rotation.num_ready or state.num_waiting_tokens):
                 return _NOTHING_READY if state.sequences else _NO_WORK
             snapshot = state.snapshot() if self._keep_snapshots else None
-            decision = self.policy.decide(state)
+            decision = decide(state)
             if type(decision) is Batch:
                 check_batch(state, decision, self._max_batch_tokens)
                 plan = commit_batch(state, decision, self._events)
-                if snapshot is not None:
-                    plan.saw = snapshot
+                plans.append(plan)
+                room -= 1
+                plan.saw = snapshot
                 if self._preempted:
                     plan.preempted, self._preempted = self._preempted, []
                 if self._looks_ahead:
                     self._release_early()
-                plans.append(plan)
             elif type(decision) is Preempt:
                 self._preempt(decision)
             else:
                 return self._check_wait(cast("Wait", decision))
+        return _PIPELINE_FULL
 
     def _check_wait(self, wait: Wait) -> Wait:
         state = self._state
@@ -148,19 +145,18 @@ class Engine:
 
     def _complete(self, result: StepResult) -> None:
         state = self._state
-        if not state.in_flight or result.plan != state.in_flight[0].id:
-            raise ValueError(f"result of plan {result.plan}; plan {state.oldest_in_flight} is the next to come back")
-        stopped = result.stopped
+        number, stopped = result
+        if not state.in_flight or number != state.in_flight[0].id:
+            raise ValueError(f"result of plan {number}; plan {state.oldest_in_flight} is the next to come back")
         if stopped:  # errors while the plan still counts as on the road: that step gave them no token
             self._fail([entry.id for entry in stopped if entry.reason == "error"])
         plan = state.in_flight.popleft()
-        for sequence in plan.prefilled:
-            if sequence.last_token_plan == NEVER and sequence.phase is not Phase.FINISHED:
-                self._events.append(FirstToken(sequence.id))
+        if plan.prefilled:
+            self._note_first_tokens(plan)
         for entry in stopped:
             self._stop(entry)
         for sequence in plan.ending:
-            if sequence.phase is not Phase.FINISHED:
+            if sequence.phase is not FINISHED:
                 self._end(sequence, "length")
         if not plan.released:
             self._release(plan)
@@ -169,13 +165,18 @@ class Engine:
         if self._looks_ahead:
             self._release_early()
 
+    def _note_first_tokens(self, plan: Plan) -> None:
+        for sequence in plan.prefilled:
+            if sequence.last_token_plan == NEVER and sequence.phase is not FINISHED:
+                self._events.append(FirstToken(sequence.id))
+
     def _release(self, plan: Plan) -> None:
         """Make the plan's sequences plannable again."""
         plan.released = True
         group = plan.group
         for sequence in plan.prefilled:
-            if sequence.phase is Phase.PREFILLED:
-                sequence.phase = Phase.DECODING
+            if sequence.phase is PREFILLED:
+                sequence.phase = DECODING
                 self._state.num_decoding += 1
                 if sequence.num_tokens < sequence.limit:
                     group = group or DecodeGroup(self.limits.block_size)
@@ -227,7 +228,7 @@ class Engine:
         num_output_tokens = sequence.num_output_tokens - len(unseen)
         newest = sequence.newest_plan()
         self._withdraw(sequence)
-        sequence.phase = Phase.FINISHED
+        sequence.phase = FINISHED
         oldest = state.oldest_in_flight
         if newest >= oldest:
             plan = state.in_flight[newest - oldest]
@@ -240,7 +241,7 @@ class Engine:
         """Plans on the road that sample a token for this sequence: two at most."""
         state = self._state
         newest, oldest = sequence.newest_plan(), state.oldest_in_flight
-        if newest < oldest or sequence.phase in (Phase.WAITING, Phase.PREFILLING):
+        if newest < oldest or sequence.phase in (WAITING, PREFILLING):
             return []
         plan = state.in_flight[newest - oldest]
         if any(chunk.sequence is sequence for chunk in plan.chunks):
@@ -253,17 +254,17 @@ class Engine:
         """Take a sequence out of whichever queue holds it, and out of the counters."""
         state = self._state
         phase = sequence.phase
-        if phase is Phase.WAITING:
+        if phase is WAITING:
             state.queue.remove(sequence)
             state.num_waiting -= 1
             state.num_waiting_tokens -= sequence.target
             return
         del state.running_by_id[sequence.id]
         state.num_running -= 1
-        if phase is Phase.PREFILLING:
+        if phase is PREFILLING:
             del state.prefilling_by_id[sequence.id]
             state.num_waiting_tokens -= sequence.num_uncomputed_tokens
-        elif phase is Phase.DECODING:
+        elif phase is DECODING:
             state.num_decoding -= 1
             if sequence.group is not None:
                 state.rotation.leave(sequence)
@@ -306,8 +307,8 @@ class Engine:
         waiting = list(state.queue)
         assert (len(waiting), len(running)) == (state.num_waiting, state.num_running)
         assert len(waiting) + len(running) == len(state.sequences), "a sequence was lost"
-        assert all(sequence.phase is Phase.WAITING and not sequence.blocks for sequence in waiting)
-        assert state.num_decoding == sum(sequence.phase is Phase.DECODING for sequence in running)
+        assert all(sequence.phase is WAITING and not sequence.blocks for sequence in waiting)
+        assert state.num_decoding == sum(sequence.phase is DECODING for sequence in running)
         assert state.num_waiting_tokens == sum(
             sequence.num_uncomputed_tokens for sequence in [*waiting, *state.prefilling_by_id.values()]
         )
@@ -319,6 +320,6 @@ class Engine:
             assert group.context == sum(sequence.num_tokens for sequence in group.members.values())
         assert state.rotation.num_ready == sum(len(group.members) for group in state.rotation)
         for sequence in running:
-            covered = sequence.num_computed_tokens if sequence.phase is not Phase.DECODING else sequence.num_tokens - 1
+            covered = sequence.num_computed_tokens if sequence.phase is not DECODING else sequence.num_tokens - 1
             size = self.limits.block_size
             assert (len(sequence.blocks) - 1) * size < covered <= len(sequence.blocks) * size, sequence

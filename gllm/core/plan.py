@@ -21,7 +21,6 @@ class Chunk(NamedTuple):
     start: int
     num_tokens: int
     final: bool  # completes the prompt, so a token is sampled
-    previous: int  # plan of the sequence's last token before a preemption; NEVER for the first token
 
 
 class Joined(NamedTuple):

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, cast
 
 from gllm.core.decision import PlanError
 from gllm.core.events import Scheduled
-from gllm.core.plan import Chunk, Joined, Plan
-from gllm.core.request import NEVER, Phase
+from gllm.core.plan import Chunk, Plan
+from gllm.core.request import NEVER, PREFILLED, PREFILLING, WAITING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -61,23 +61,23 @@ def _named_blocks(names: Iterable[SequenceView]) -> int:
 def _check_chunks(state: State, prefill: Seq[tuple[SequenceView, int]]) -> tuple[int, int]:
     """Check each chunk; return (tokens, blocks) of all."""
     tokens = blocks = admitted = 0
-    seen = set()
-    for sequence, count in prefill:
-        cached = 0
-        if sequence.phase is Phase.WAITING and sequence.id in state.sequences:
+    size = state.pool.block_size
+    for sequence, count in cast("Seq[tuple[Sequence, int]]", prefill):
+        left = sequence.num_uncomputed_tokens
+        if sequence.phase is PREFILLING:
+            blocks += -(-(sequence.num_computed_tokens + count) // size) - len(sequence.blocks)
+        elif sequence.phase is WAITING and sequence.id in state.sequences:
             admitted += 1
-            cached = state.cached_tokens(sequence)
-        elif sequence.phase is not Phase.PREFILLING:
+            left -= state.cached_tokens(sequence)
+            blocks += state.chunk_blocks(sequence, count)
+        else:
             raise PlanError(f"{sequence!r} has no prompt left to plan")
-        left = sequence.num_uncomputed_tokens - cached
-        if not 1 <= count <= left:
+        if count < 1 or count > left:
             raise PlanError(f"{count} tokens asked for {sequence!r}, {left} are left to compute")
-        seen.add(sequence.id)
         tokens += count
-        blocks += state.chunk_blocks(sequence, count)
-    if len(seen) != len(prefill):
+    if len(prefill) > 1 and len({sequence.id for sequence, _ in prefill}) != len(prefill):
         raise PlanError("a sequence is named twice")
-    if len(state.running_by_id) + admitted > state.limits.max_num_seqs:
+    if admitted and state.num_running + admitted > state.limits.max_num_seqs:
         raise PlanError(f"{admitted} more sequences would exceed max_num_seqs={state.limits.max_num_seqs}")
     return tokens, blocks
 
@@ -86,56 +86,46 @@ def commit_batch(state: State, batch: Batch, events: list[Event]) -> Plan:
     """Carry out a checked batch: allocate, move sequences on, put the plan on the road."""
     prefill, num_decode, names = batch
     plan = Plan(state.num_plans)
-    chunks = cast("Seq[tuple[Sequence, int]]", prefill) if prefill else ()
-    for sequence, _ in chunks:
-        if sequence.phase is Phase.WAITING:  # before anything is allocated, lest its cached prefix be evicted
-            _admit(state, sequence, events)
+    chunks: Seq[tuple[Sequence, int]] = prefill  # type: ignore[assignment]  # policies hold our own sequences
+    if chunks:
+        for sequence, _ in chunks:
+            if sequence.phase is WAITING:  # before anything is allocated, lest its cached prefix be evicted
+                _admit(state, sequence, events)
     if names:
         state.rotation.bring_forward(cast("Iterable[Sequence]", names))
         num_decode = len(names)
+    pool = state.pool
     if num_decode:
-        _commit_decode(state, plan, num_decode)
+        state.rotation.take(num_decode).advance(plan, pool)
     if chunks:
         _commit_chunks(state, plan, chunks)
-    plan.num_sampled = num_decode + len(plan.prefilled)
-    plan.num_free_blocks = state.pool.num_free
+        num_decode += len(plan.prefilled)
+    plan.num_sampled = num_decode
+    plan.num_free_blocks = pool.num_free
     state.num_plans += 1
     state.in_flight.append(plan)
     return plan
 
 
-def _commit_decode(state: State, plan: Plan, count: int) -> None:
-    group = plan.group = state.rotation.take(count)
-    plan.step = group.step
-    plan.num_decode_tokens = count
-    plan.decode_context = group.context
-    plan.previous = group.last_plan
-    if group.joined:
-        plan.joined = [
-            Joined(sequence, sequence.last_plan, sequence.num_output_tokens) for sequence in group.joined.values()
-        ]
-    growing = group.growing()
-    if growing:
-        plan.grown = list(zip(growing.values(), state.pool.allocate(len(growing)), strict=True))
-        for sequence, block in plan.grown:
-            sequence.blocks.append(block)
-    ending = group.advance(plan.id)
-    if ending is not None:
-        plan.ending = ending
-
-
 def _commit_chunks(state: State, plan: Plan, prefill: Seq[tuple[Sequence, int]]) -> None:
     chunks = []
     tokens = pairs = context = 0
+    pool = state.pool
+    size = pool.block_size
     for sequence, count in prefill:
         start = sequence.num_computed_tokens
-        end = start + count
-        _cover(state.pool, sequence, end)
+        sequence.num_computed_tokens = end = start + count
+        sequence.num_uncomputed_tokens -= count
         sequence.last_plan = plan.id
+        need = -(-end // size) - len(sequence.blocks)
+        if need > 0:
+            sequence.blocks += pool.allocate(need)
+        if sequence.request.block_hashes:
+            _publish(pool, sequence)
         final = end == sequence.target
         if final:
             _complete_prompt(state, plan, sequence)
-        chunks.append(Chunk(sequence, start, count, final, sequence.last_token_plan))
+        chunks.append(Chunk(sequence, start, count, final))
         tokens += count
         pairs += count * start + count * (count + 1) // 2
         context += end
@@ -153,11 +143,13 @@ def _admit(state: State, sequence: Sequence, events: list[Event]) -> None:
         state.pool.acquire(hits)
         sequence.blocks.extend(hits)
         sequence.num_hashed = len(hits)
-        sequence.num_computed_tokens = len(hits) * state.limits.block_size
-        state.num_waiting_tokens -= sequence.num_computed_tokens
+        cached = len(hits) * state.limits.block_size
+        sequence.num_computed_tokens = cached
+        sequence.num_uncomputed_tokens -= cached
+        state.num_waiting_tokens -= cached
     sequence.hits = ()
     sequence.hits_version = NEVER
-    sequence.phase = Phase.PREFILLING
+    sequence.phase = PREFILLING
     state.prefilling_by_id[sequence.id] = sequence
     state.running_by_id[sequence.id] = sequence
     state.num_waiting -= 1
@@ -168,25 +160,22 @@ def _admit(state: State, sequence: Sequence, events: list[Event]) -> None:
         events.append(Scheduled(sequence.id, sequence.num_computed_tokens))
 
 
-def _cover(pool: BlockPool, sequence: Sequence, end: int) -> None:
-    """Give the sequence blocks for its first `end` tokens and publish those that are full.
+def _publish(pool: BlockPool, sequence: Sequence) -> None:
+    """Make the prompt's full blocks findable.
 
-    Published at planning: micro-batches run in order, so whoever hits a block runs after it is written.
+    Already at planning: micro-batches run in order, so whoever hits a block runs after it is written.
     """
-    need = -(-end // pool.block_size) - len(sequence.blocks)
-    if need > 0:
-        sequence.blocks.extend(pool.allocate(need))
-    sequence.num_computed_tokens = end
-    hashes = sequence.request.block_hashes
-    if hashes and pool.sharing:
-        full = min(end // pool.block_size, len(hashes))
-        pool.share(sequence.blocks, hashes, sequence.num_hashed, full)
-        sequence.num_hashed = max(full, sequence.num_hashed)
+    if pool.sharing:
+        hashes = sequence.request.block_hashes
+        full = min(sequence.num_computed_tokens // pool.block_size, len(hashes))
+        if full > sequence.num_hashed:
+            pool.share(sequence.blocks, hashes, sequence.num_hashed, full)
+            sequence.num_hashed = full
 
 
 def _complete_prompt(state: State, plan: Plan, sequence: Sequence) -> None:
     del state.prefilling_by_id[sequence.id]
-    sequence.phase = Phase.PREFILLED
+    sequence.phase = PREFILLED
     sequence.settle(sequence.target + 1)
     if sequence.target + 1 == sequence.limit:
         plan.ending = [*plan.ending, sequence]

@@ -49,6 +49,10 @@ class Phase(Enum):
     FINISHED = "finished"
 
 
+# Looking a member up on its enum costs more than the comparison it is for; the core does it for every chunk.
+WAITING, PREFILLING, PREFILLED, DECODING, FINISHED = Phase
+
+
 class Sequence:
     """A request's progress. The engine writes it; policies and shells only read.
 
@@ -71,6 +75,7 @@ class Sequence:
         "num_computed_tokens",
         "num_evictable_hits",
         "num_hashed",
+        "num_uncomputed_tokens",
         "offset",
         "phase",
         "request",
@@ -81,10 +86,11 @@ class Sequence:
         self.id = request.id
         self.request = request
         self.limit = limit  # prompt plus output never exceed this many tokens
-        self.phase = Phase.WAITING
+        self.phase = WAITING
         self.admitted = False  # at least once
         self.target = request.num_prompt_tokens  # tokens to prefill: after a preemption, outputs too
         self.num_computed_tokens = 0  # of `target`: cached or planned
+        self.num_uncomputed_tokens = self.target  # of `target`: no plan has covered them yet
         self.blocks: list[int] = []
         self.num_hashed = 0  # leading blocks that were looked at for sharing
         self.hits: Seq[int] = ()  # cached blocks of the prompt, as of pool version `hits_version`
@@ -112,11 +118,6 @@ class Sequence:
         """Output tokens, steps on the road included."""
         return self.num_tokens - self.request.num_prompt_tokens
 
-    @property
-    def num_uncomputed_tokens(self) -> int:
-        """Prompt tokens (outputs to recompute included) that no plan has covered yet."""
-        return self.target - self.num_computed_tokens
-
     def newest_plan(self) -> int:
         """The newest plan this sequence takes part in, `NEVER` if none."""
         group = self.group
@@ -129,11 +130,12 @@ class Sequence:
 
     def restart(self) -> None:
         """Back to waiting: outputs so far join the prompt, so that recomputing loses no token."""
-        if self.phase is Phase.DECODING:
+        if self.phase is DECODING:
             self.last_token_plan = self.last_plan
         self.target = self.num_tokens
-        self.phase = Phase.WAITING
+        self.phase = WAITING
         self.num_computed_tokens = self.num_hashed = 0
+        self.num_uncomputed_tokens = self.target
 
     def __repr__(self) -> str:
         return f"Sequence({self.id}, {self.phase.value}, {self.num_tokens} tokens)"

@@ -12,10 +12,14 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, Any
 
+from gllm.core.plan import Joined
 from gllm.core.request import NEVER, Sequence
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
+
+    from gllm.core.kvcache import BlockPool
+    from gllm.core.plan import Plan
 
 Index = dict[int, dict[int, Sequence]]
 
@@ -89,20 +93,29 @@ class DecodeGroup:
         """Members that the next step takes into a new block."""
         return self._growth.get(self.step % self._block_size, ())
 
-    def advance(self, plan: int) -> list[Sequence] | None:
-        """Count one planned step for every member; return those that left, their limit reached."""
-        step = self.step
-        self.context += len(self.members)
-        self.step = step + 1
-        self.last_plan = plan
+    def advance(self, plan: Plan, pool: BlockPool) -> None:
+        """Plan one step of every member: give out blocks, let go of those that reach their limit."""
+        step = plan.step = self.step
+        members = self.members
+        plan.group = self
+        plan.num_decode_tokens = count = len(members)
+        plan.decode_context = context = self.context
+        plan.previous = self.last_plan
         if self.joined:
+            plan.joined = [Joined(s, s.last_plan, s.num_output_tokens) for s in self.joined.values()]
             self.joined = {}
-        if step not in self._ends:
-            return None
-        ending = list(self._ends.pop(step).values())
-        for sequence in ending:
-            self.leave(sequence)
-        return ending
+        growing = self._growth.get(step % self._block_size)
+        if growing is not None:
+            plan.grown = list(zip(growing.values(), pool.allocate(len(growing)), strict=True))
+            for sequence, block in plan.grown:
+                sequence.blocks.append(block)
+        self.context = context + count
+        self.step = step + 1
+        self.last_plan = plan.id
+        if step in self._ends:
+            plan.ending = list(self._ends.pop(step).values())
+            for sequence in plan.ending:
+                self.leave(sequence)
 
 
 class Rotation:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from gllm.core.decision import Limits, Snapshot
 from gllm.core.kvcache import BlockPool
-from gllm.core.request import Phase, Sequence
+from gllm.core.request import WAITING, Sequence
 from gllm.core.rotation import Rotation
 from gllm.core.waiting import WaitingQueue
 
@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 class State:
     """Queues, cache and counters.
 
-    The numbers that a policy reads at every decision are plain attributes, not computed properties:
-    `refresh` brings three of them up to date before a decision, the engine keeps the others.
+    The numbers that a policy reads at every decision are kept, not computed.
     """
 
     __slots__ = (
@@ -30,10 +29,7 @@ class State:
         "limits",
         "now_ns",
         "num_decoding",
-        "num_free_blocks",
-        "num_in_flight",
         "num_plans",
-        "num_ready",
         "num_reserved_blocks",
         "num_running",
         "num_waiting",
@@ -62,18 +58,26 @@ class State:
         self.num_running = 0  # admitted sequences
         self.num_decoding = 0
         self.num_reserved_blocks = 0
-        self.refresh()
 
-    def refresh(self) -> None:
-        """Copy what the cache, the rotation and the road count themselves."""
-        self.num_free_blocks = self.pool.num_free
-        self.num_ready = self.rotation.num_ready
-        self.num_in_flight = len(self.in_flight)
+    @property
+    def num_in_flight(self) -> int:
+        """Micro-batches on the road."""
+        return len(self.in_flight)
+
+    @property
+    def num_ready(self) -> int:
+        """Decoding sequences whose next step may be planned."""
+        return self.rotation.num_ready
+
+    @property
+    def num_free_blocks(self) -> int:
+        """Blocks free now or by eviction."""
+        return self.pool.num_free
 
     @property
     def kv_free(self) -> float:
         """Idle share of the cache."""
-        return self.num_free_blocks / self.limits.num_blocks
+        return self.pool.num_free / self.limits.num_blocks
 
     @property
     def waiting(self) -> Iterable[Sequence]:
@@ -113,9 +117,9 @@ class State:
 
     def chunk_blocks(self, sequence: SequenceView, num_tokens: int) -> int:
         """Free blocks that `num_tokens` more prompt tokens use up."""
-        known = cast("Sequence", sequence)
-        size = self.limits.block_size
-        if known.phase is not Phase.WAITING:
+        known: Sequence = sequence  # type: ignore[assignment]  # policies hold our own sequences
+        size = self.pool.block_size
+        if known.phase is not WAITING:
             return -(-(known.num_computed_tokens + num_tokens) // size) - len(known.blocks)
         if not known.request.block_hashes:
             return -(-num_tokens // size)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +19,7 @@ class WaitingQueue:
 
     def __init__(self, order: Order) -> None:
         self._order = order
-        self._entries: list[Entry | None] = []
+        self._entries: list[Any] = []  # of Entry; None before the head
         self._head = 0
 
     def __len__(self) -> int:
@@ -28,7 +27,9 @@ class WaitingQueue:
 
     def __iter__(self) -> Iterator[Sequence]:
         """Sequences, the most urgent first."""
-        return (entry[2] for entry in islice(self._entries, self._head, None) if entry is not None)
+        entries = self._entries
+        for index in range(self._head, len(entries)):  # islice would walk over what lies before the head
+            yield entries[index][2]
 
     def add(self, sequence: Sequence) -> None:
         """File a sequence behind its equals that arrived before it."""
@@ -43,9 +44,7 @@ class WaitingQueue:
     def remove(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it stands."""
         entries, head = self._entries, self._head
-        first = entries[head]
-        at_head = first is not None and first[2] is sequence
-        index = head if at_head else bisect_left(entries, self._entry(sequence), lo=head)
+        index = head if entries[head][2] is sequence else bisect_left(entries, self._entry(sequence), lo=head)
         if index - head < len(entries) - index:  # close up from the nearer end
             entries[head + 1 : index + 1] = entries[head:index]
             entries[head] = None

@@ -19,8 +19,6 @@ def fill(view: View, order: Order, budget: int, *, num_decode: int = 0, watermar
     need and `num_decode` steps of this batch, so that prompts cannot starve each other. `watermark`
     is the share of the cache that admission leaves free while others run.
     """
-    limits = view.limits
-    slots = limits.max_num_seqs - view.num_running if view.num_waiting else 0
     if budget <= 0:
         return []
     chunks: Chunks = []
@@ -29,19 +27,20 @@ def fill(view: View, order: Order, budget: int, *, num_decode: int = 0, watermar
         rest = sequence.num_uncomputed_tokens
         blocks = view.chunk_blocks(sequence, rest)
         if blocks <= free and budget > 0:
-            chunks.append((sequence, min(budget, rest)))
+            chunks.append((sequence, rest if rest < budget else budget))
             budget -= rest
         free -= blocks
-    if budget <= 0 or slots <= 0:
+    slots = view.limits.max_num_seqs - view.num_running
+    if budget <= 0 or slots <= 0 or not view.num_waiting:
         return chunks
     if view.num_running:
-        free -= int(watermark * limits.num_blocks)
+        free -= int(watermark * view.limits.num_blocks)
     for sequence in order.arrange(view):
         rest = sequence.num_uncomputed_tokens - view.cached_tokens(sequence)
         free -= view.chunk_blocks(sequence, rest)
         if free < 0:
             break  # whoever is first in line is not overtaken
-        chunks.append((sequence, min(budget, rest)))
+        chunks.append((sequence, rest if rest < budget else budget))
         budget -= rest
         slots -= 1
         if budget <= 0 or slots <= 0:
@@ -51,7 +50,7 @@ def fill(view: View, order: Order, budget: int, *, num_decode: int = 0, watermar
 
 def make_room(view: View, order: Order, num_decode: int) -> Decision | None:
     """None if the cache holds `num_decode` more steps; else whom to preempt, or to wait."""
-    if num_decode <= view.num_free_blocks or view.decode_blocks(num_decode) <= view.num_free_blocks:
+    if view.decode_blocks(num_decode) <= view.num_free_blocks:
         return None
     return preempt_last(view, order)
 

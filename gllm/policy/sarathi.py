@@ -28,7 +28,7 @@ class Sarathi:
     def decide(self, view: View) -> Decision:
         """Decodes, then chunks."""
         num_decode = min(view.num_ready, self.token_budget)
-        if num_decode:
+        if num_decode > view.num_free_blocks:  # a step takes one block at most
             blocked = make_room(view, self.order, num_decode)
             if blocked is not None:
                 return blocked

@@ -80,7 +80,7 @@ class Throttle:
         """Both budgets at once; neither takes from the other."""
         limits = view.limits
         num_decode = min(self.decode_tokens(view.num_decoding, limits.depth, view.num_plans), view.num_ready)
-        if num_decode:
+        if num_decode > view.num_free_blocks:  # a step takes one block at most
             blocked = make_room(view, self.order, num_decode)
             if blocked is not None:
                 return blocked

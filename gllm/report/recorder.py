@@ -12,6 +12,7 @@ from array import array
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.lib.recfunctions import unstructured_to_structured
 
 from gllm.core import NEVER, Finished, FirstToken, Preempted, Rejected, Scheduled
 from gllm.report.record import BATCH_DTYPE, GAP_DTYPE, REQUEST_DTYPE, STATUSES, RunRecord
@@ -23,8 +24,7 @@ if TYPE_CHECKING:
 
 _STATUS = {name: number for number, name in enumerate(STATUSES)}
 _NUMBER = struct.Struct("q")
-_REQUEST = struct.Struct(f"{len(REQUEST_DTYPE)}q")
-_BATCH = struct.Struct(f"{len(BATCH_DTYPE)}q")
+_REQUEST = struct.Struct(f"{len(REQUEST_DTYPE.names or ())}q")
 _FIELDS = REQUEST_DTYPE.fields or {}
 _OFFSET: dict[str, int] = {name: int(_FIELDS[name][1]) for name in REQUEST_DTYPE.names or ()}
 
@@ -41,8 +41,8 @@ class Recorder:
         self._num_stages = num_stages
         self._requests = bytearray()
         self._batches = bytearray()
-        self._stages = bytearray()
-        self._stage_row = struct.Struct(f"{2 * num_stages + 2}q")
+        self._width = len(BATCH_DTYPE.names or ()) + 2 + 2 * num_stages
+        self._row = struct.Struct(f"{self._width}q").pack
         self._gaps = array("q")
 
     def submit(self, requests: Iterable[Request]) -> None:
@@ -98,16 +98,20 @@ class Recorder:
             ends_ns: when each stage ended it.
             costs_ns: how long each stage computed.
         """
-        self._batches += _BATCH.pack(
+        num_decode = plan.num_decode_tokens
+        self._batches += self._row(
             dispatched_ns,
             plan.num_prefill_tokens,
-            plan.num_decode_tokens,
+            num_decode,
             plan.num_free_blocks,
             *queue,
             plan.previous,
-            plan.num_decode_tokens - len(plan.joined),
+            num_decode - len(plan.joined),
+            done_ns,
+            plan.num_discarded,
+            *ends_ns,
+            *costs_ns,
         )
-        self._stages += self._stage_row.pack(done_ns, plan.num_discarded, *ends_ns, *costs_ns)
         if plan.joined:
             for joined in plan.joined:
                 self._gaps.extend((joined.previous, plan.id))
@@ -126,9 +130,10 @@ class Recorder:
         block_size: int,
     ) -> RunRecord:
         """All columns as numpy arrays; batches that never came back are left out."""
-        gaps = np.frombuffer(bytes(self._gaps), GAP_DTYPE)
-        stages = np.frombuffer(bytes(self._stages), np.int64).reshape(-1, 2 * self._num_stages + 2)
-        ends, costs = stages[:, 2 : 2 + self._num_stages], stages[:, 2 + self._num_stages :]
+        rows = np.frombuffer(bytes(self._batches), np.int64).reshape(-1, self._width)
+        first = len(BATCH_DTYPE.names or ())
+        done, discarded, *_ = rows[:, first : first + 2].T
+        ends, costs = np.split(rows[:, first + 2 :], 2, axis=1)
         return RunRecord(
             config=config,
             mode=mode,
@@ -137,10 +142,10 @@ class Recorder:
             num_blocks=num_blocks,
             block_size=block_size,
             requests=np.frombuffer(bytes(self._requests), REQUEST_DTYPE),
-            batches=np.frombuffer(bytes(self._batches), BATCH_DTYPE),
-            done_ns=stages[:, 0],
-            num_discarded=stages[:, 1],
-            gaps=gaps,
+            batches=unstructured_to_structured(rows[:, :first], BATCH_DTYPE),
+            done_ns=done,
+            num_discarded=discarded,
+            gaps=np.frombuffer(bytes(self._gaps), GAP_DTYPE),
             stage_start_ns=ends - costs,
             stage_end_ns=ends,
         )

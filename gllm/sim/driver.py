@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import simpy
 
-from gllm.core import Finished, Rejected, StepResult, Stopped
+from gllm.core import NEVER, Finished, Rejected, StepResult, Stopped
 from gllm.sim.pipeline import WAKE, Instant, RecurrencePipeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
 
-    from gllm.core import DecodeGroup, Engine, Plan, Request, Sequence, Turn
+    from gllm.core import DecodeGroup, Engine, Event, Plan, Request, Sequence
     from gllm.report.decision_log import DecisionLog
     from gllm.report.recorder import Recorder
     from gllm.sim.cost import CostModel
@@ -54,10 +54,14 @@ class Simulation:
         self.env = simpy.Environment()
         self.engine = engine
         self._view = engine.view
-        self._cost = cost
+        self._host_ns, self._return_ns = cost.host_ns, cost.return_ns
+        # Bound once: these are called for every micro-batch.
+        self._engine_turn, self._record = engine.turn, recorder.batch
+        self._stage_ns, self._transfer_ns = cost.stage_ns, cost.transfer_ns
         self._recorder = recorder
         self._log = log
         self._pipeline = pipeline(self.env, cost.num_stages, engine.limits.max_in_flight + 1)
+        self._submit = self._pipeline.submit
         self._looks_ahead = engine.limits.max_in_flight > engine.limits.depth
         self._flights: deque[Flight] = deque()
         self._pending: list[Request] = []
@@ -89,36 +93,37 @@ class Simulation:
         plan, costs, stopped, dispatched, queue = self._flights.popleft()
         now = instant.at
         self._turn(now, (StepResult(plan.id, stopped),))
-        self._recorder.batch(plan, dispatched, queue, now, instant.note, costs)
+        self._record(plan, dispatched, queue, now, instant.note, costs)
 
     def _turn(self, now: int, results: tuple[StepResult, ...]) -> None:
         arrived = self._pending
         if arrived:
             self._pending = []
             self._recorder.submit(arrived)
-        turn = self.engine.turn(results, arrived, now=now)
-        if turn.events:
-            self._recorder.events(now, turn.events)
-            self._forget(turn)
+        turn = self._engine_turn(results, arrived, now=now)
+        plans, events, wait = turn
+        if events:
+            self._recorder.events(now, events)
+            self._forget(events)
         if self._log is not None:
             self._log.write(now, results, arrived, (), turn)
-        for plan in turn.plans:
+        for plan in plans:
             self._dispatch(plan, now)
-        if turn.wait.until_ns is not None:
-            Instant(self.env, turn.wait.until_ns, WAKE, self._wake)
+        if wait.until_ns is not None:
+            Instant(self.env, wait.until_ns, WAKE, self._wake)
 
-    def _forget(self, turn: Turn) -> None:
-        for event in turn.events:
+    def _forget(self, events: Iterable[Event]) -> None:
+        for event in events:
             if type(event) is Finished or type(event) is Rejected:
                 del self._true_length[event.id]
 
     def _dispatch(self, plan: Plan, now: int) -> None:
-        cost, view = self._cost, self._view
-        costs = cost.stage_ns(plan)
+        view = self._view
+        costs = self._stage_ns(plan)
         stopped: list[Stopped] = []
         self._flights.append((plan, costs, stopped, now, (view.num_waiting, view.num_running)))
-        after = plan.depends_on if self._looks_ahead else -1  # else its tokens are back already
-        self._pipeline.submit(now + cost.host_ns, costs, cost.transfer_ns(plan), cost.return_ns, after, self._return)
+        after = plan.depends_on if self._looks_ahead else NEVER  # else its tokens are back already
+        self._submit(now + self._host_ns, costs, self._transfer_ns(plan), self._return_ns, after, self._return)
         for sequence in plan.prefilled:
             if sequence.target + 1 - sequence.num_prompt_tokens >= self._true_length[sequence.id]:
                 stopped.append(Stopped(sequence.id))
@@ -126,14 +131,16 @@ class Simulation:
         if group is not None:
             if plan.joined:
                 self._watch(plan, group)
-            step = plan.step
-            if step in group.notes:
-                due = group.notes.pop(step)
-                stopped += [Stopped(s.id) for s in due if s.group is group and self._completes(s, step)]
+            if plan.step in group.notes:
+                self._note_stops(plan.step, group, stopped)
 
-    def _completes(self, sequence: Sequence, step: int) -> bool:
-        """Whether a member reaches its true length at this step; entries of those that moved on do not."""
-        return sequence.offset + step + 1 - sequence.num_prompt_tokens == self._true_length.get(sequence.id)
+    def _note_stops(self, step: int, group: DecodeGroup, stopped: list[Stopped]) -> None:
+        """Who of the group reaches its true length at this step; notes on those that moved on are stale."""
+        for sequence in group.notes.pop(step):
+            if sequence.group is group:
+                num_output_tokens = sequence.offset + step + 1 - sequence.num_prompt_tokens
+                if num_output_tokens == self._true_length.get(sequence.id):
+                    stopped.append(Stopped(sequence.id))
 
     def _watch(self, plan: Plan, group: DecodeGroup) -> None:
         """Note at which step of the group its new members will stop."""

@@ -74,21 +74,22 @@ class RecurrencePipeline:
         self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int, done: Done
     ) -> None:
         """Enter the next micro-batch."""
-        ends = self._ends
         exits = self._exits
         time = ready_ns
         if after >= 0 and after >= self._count - len(exits):
             time = max(time, exits[after - self._count] + transfer_ns)
-        stage = 0
-        for cost in costs_ns:  # the hottest loop of all: no enumerate, no max
-            end = ends[stage]
-            ends[stage] = time = (time if time > end else end) + cost  # noqa: FURB136
+        ends = []
+        for cost, end in zip(costs_ns, self._ends, strict=True):
+            if end > time:  # noqa: PLR1730 - the hottest loop of all: a call of max() costs more than the rest
+                time = end
+            time += cost
+            ends.append(time)
             time += transfer_ns
-            stage += 1  # noqa: SIM113
         time -= transfer_ns
+        self._ends = ends
         self._count += 1
         exits.append(time)
-        Instant(self._env, time + return_ns, RESULT, done, tuple(ends))
+        Instant(self._env, time + return_ns, RESULT, done, ends)
 
 
 class ProcessPipeline:
@@ -124,7 +125,7 @@ class ProcessPipeline:
                 self._queues[stage + 1].put(job)
             else:
                 job.exit.succeed(env.now)
-                Instant(env, env.now + job.return_ns, RESULT, job.done, tuple(job.ends))
+                Instant(env, env.now + job.return_ns, RESULT, job.done, job.ends)
 
 
 class _Job(NamedTuple):

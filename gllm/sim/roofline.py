@@ -269,7 +269,9 @@ class Roofline:
         times = []
         for fixed_ns, layers, floor_ns in rows:
             time_ns = fixed_ns + attention_ns * layers
-            times.append(int(time_ns if time_ns > floor_ns else floor_ns))  # noqa: FURB136 - max() is slower
+            if time_ns < floor_ns:  # noqa: PLR1730 - max() is slower
+                time_ns = floor_ns
+            times.append(int(time_ns))
         times[-1] += self._head_ns(work.num_sampled)
         return times if self._spread is None else self._spread(times)
 

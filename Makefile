@@ -1,0 +1,73 @@
+# Every target sets up what it needs: on a fresh machine `make demo` or `make test` is the first command.
+
+PYTHON ?= python3
+VENV ?= .venv
+JOBS ?= auto
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable
+BASE := $(VENV)/.base-installed
+DEV := $(VENV)/.dev-installed
+
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup demo test coverage check format golden bench clean
+
+help: ## Show this help
+	@printf 'gLLM: make TARGET\n\n'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@printf '\nPYTHON=%s (3.11 or newer) makes the environment %s; JOBS=%s test processes.\n' '$(PYTHON)' '$(VENV)' '$(JOBS)'
+
+setup: $(DEV) ## Create the environment with everything that tests and checks need
+	@echo "ready: $(BIN)/python"
+
+demo: $(BASE) ## Replay a sample trace on four simulated H200s under token throttling
+	$(BIN)/python -m gllm.sim replay chat --model qwen3-32b --gpu h200 --pp 4 --policy throttle --out out/demo
+	@echo "open out/demo/report.html in a browser; it needs no network"
+
+test: coverage ## Run all tests; core and policy must be covered branch by branch
+	$(PYTEST)
+
+coverage: $(DEV)
+	$(PYTEST) tests/core tests/policy --cov=gllm.core --cov=gllm.policy --cov-branch --cov-fail-under=100
+
+check: $(DEV) ## ruff, mypy and the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(DEV) ## Format the code and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+golden: $(DEV) ## Write the golden decision logs anew (CONTRIBUTING.md says when that is right)
+	$(BIN)/python -m pytest tests/sim/test_golden.py --regenerate
+
+bench: $(DEV) ## Measure the simulator; results go to benchmarks/results
+	$(BIN)/python -m pytest benchmarks
+	$(BIN)/python benchmarks/sim_speed.py
+	$(BIN)/python benchmarks/vidur.py
+
+clean: ## Remove outputs and caches; the environment stays
+	rm -rf out build dist *.egg-info .coverage .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	find gllm kernels traces tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(DEV): $(BASE) pyproject.toml constraints.txt
+	@echo "installing the development tools"
+	@$(PIP) install --quiet -e '.[dev]' -c constraints.txt
+	@touch $@
+
+$(BASE): $(BIN)/python pyproject.toml constraints.txt
+	@echo "installing gLLM"
+	@$(PIP) install --quiet -e . -c constraints.txt
+	@touch $@
+
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || \
+		{ echo "$(PYTHON) was not found; install Python 3.11 or newer, or name it: make setup PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "gLLM needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) -V 2>&1). Name another: make setup PYTHON=python3.12" >&2; exit 1; }
+	@echo "creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }

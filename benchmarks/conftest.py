@@ -1,0 +1,6 @@
+"""Lets the benchmarks import their neighbours, as they do when run as scripts."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,219 @@
+"""How fast the simulator runs: CPU time of its loop, memory, and how soon the command is up.
+
+Each case runs in a process of its own, so that its peak memory is its own:
+
+    python benchmarks/sim_speed.py [--trace PATH] [--requests 10000,100000] [--pp 1,4] [--repeats 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from common import (
+    BLOCK_SIZE,
+    MAX_NUM_SEQS,
+    NUM_BLOCKS,
+    TOKEN_BUDGET,
+    calibrate,
+    describe_run,
+    pick_trace,
+    read_workload,
+    run_json,
+    table,
+    write_results,
+)
+
+from gllm.core import Engine, Limits, Request
+from gllm.model_shape import load_shape
+from gllm.policy import parse_policy
+from gllm.report.metrics import summarize
+from gllm.report.recorder import Recorder
+from gllm.sim.driver import Arrival, Simulation
+from gllm.sim.gpus import get_gpu
+from gllm.sim.parallel import Parallel
+from gllm.sim.roofline import Roofline
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from gllm.trace import Trace
+
+MODEL, GPU = "llama-3.1-8b", "h100"
+POLICY = f"sarathi:token_budget={TOKEN_BUDGET}"
+GOAL_REQUESTS_PER_S = 20_000
+GOAL_PEAK_MB = 300
+GOAL_START_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One simulation of the benchmark's workload."""
+
+    trace: str
+    pp: int
+    num_requests: int
+
+
+def arrivals(trace: Trace) -> Iterator[Arrival]:
+    """What the simulator's driver takes."""
+    for number, row in enumerate(trace.requests):
+        request = Request(id=number, num_prompt_tokens=row.num_prompt_tokens, arrival_ns=row.arrival_ns or 0)
+        yield Arrival(request, row.num_output_tokens)
+
+
+def build(trace: Trace, pp: int) -> tuple[Simulation, Recorder, Engine]:
+    """A simulation that is ready to run, with all metrics on and no decision log."""
+    cost = Roofline(shape=load_shape(MODEL), gpu=get_gpu(GPU), parallel=Parallel(pp=pp))
+    limits = Limits(
+        num_blocks=NUM_BLOCKS,
+        block_size=BLOCK_SIZE,
+        max_model_len=131_072,
+        max_num_seqs=MAX_NUM_SEQS,
+        depth=pp,
+    )
+    engine = Engine(parse_policy(POLICY), limits)
+    recorder = Recorder(pp)
+    return Simulation(engine, arrivals(trace), cost, recorder), recorder, engine
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """Run one case in this process.
+
+    `loop_s` is CPU time of the simulation itself, `metrics_s` of computing the report's numbers from
+    what it recorded, `read_s` of reading the trace; `peak_mb` is the process's highest memory use.
+    """
+    yardstick = calibrate()
+    started = time.process_time()
+    trace = read_workload(case.trace, case.num_requests)
+    read_s = time.process_time() - started
+    simulation, recorder, engine = build(trace, case.pp)
+    started = time.process_time()
+    simulation.run()
+    loop_s = time.process_time() - started
+    record = recorder.record(
+        config={}, mode="sim", wall_s=loop_s, decision_sha256=None, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE
+    )
+    summary = summarize(record, slo_ttft_s=None, slo_tpot_s=None)
+    metrics_s = time.process_time() - started - loop_s
+    num_iterations = engine.view.num_plans
+    assert summary["num_finished"] == case.num_requests, "not every request was served"
+    return {
+        **asdict(case),
+        "trace": trace.name,
+        "read_s": read_s,
+        "loop_s": loop_s,
+        "metrics_s": metrics_s,
+        "num_iterations": num_iterations,
+        "requests_per_s": case.num_requests / loop_s,
+        "iterations_per_s": num_iterations / loop_s,
+        "simulated_s": summary["duration_s"],
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "calibration": yardstick,
+        "iterations_per_simpy_timeout": num_iterations / loop_s / yardstick["simpy_timeouts_per_s"],
+        "requests_per_1000_simpy_timeouts": 1000 * case.num_requests / loop_s / yardstick["simpy_timeouts_per_s"],
+    }
+
+
+def measure_apart(case: Case, repeats: int) -> dict[str, Any]:
+    """Run one case several times, each in a fresh process; the quickest, with the times of all."""
+    spec = json.dumps(asdict(case))
+    runs = [run_json([sys.executable, str(Path(__file__)), "--case", spec]) for _ in range(repeats)]
+    best = min(runs, key=lambda run: run["loop_s"])
+    return {**best, "all_loop_s": [run["loop_s"] for run in runs], "peak_mb": max(run["peak_mb"] for run in runs)}
+
+
+def start_s(repeats: int = 5) -> float | None:
+    """Median wall time until `python -m gllm.sim replay` opens its trace; None if it cannot tell.
+
+    The trace does not exist, so the command starts, reads its options, tries to open it and ends with
+    status 2: an upper bound, since leaving is in it too.
+    """
+    command = [sys.executable, "-m", "gllm.sim", "replay", "no-such-trace.csv", "--model", MODEL, "--gpu", GPU]
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+        times.append(time.perf_counter() - started)
+        if done.returncode != 2 or "no-such-trace.csv" not in done.stderr:
+            return None
+    return median(times)
+
+
+def rows(cases: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The cells of the results' table."""
+    return [
+        [
+            f"{case['pp']}",
+            f"{case['num_requests']:,}",
+            f"{case['requests_per_s']:,.0f}",
+            f"{case['iterations_per_s']:,.0f}",
+            f"{case['num_iterations']:,}",
+            f"{case['loop_s']:.2f}",
+            f"{case['metrics_s']:.2f}",
+            f"{case['peak_mb']:.0f}",
+            f"{case['iterations_per_simpy_timeout']:.3f}",
+            f"{case['calibration']['simpy_timeouts_per_s'] / 1e6:.2f}",
+        ]
+        for case in cases
+    ]
+
+
+def report(cases: Sequence[dict[str, Any]], start: float | None) -> list[str]:
+    """The results' page below its head."""
+    header = ["PP", "requests", "requests/s", "iterations/s", "iterations", "loop s", "metrics s", "peak MB"]
+    header += ["iterations per simpy timeout", "simpy timeouts, M/s"]
+    started = "could not be measured" if start is None else f"{start:.2f} s (goal: below {GOAL_START_S:.0f} s)"
+    return [
+        f"Lengths of `{cases[0]['trace']}`, looped, clipped to 4096 tokens, all queued at t = 0; {MODEL} on {GPU}, ",
+        f"`{POLICY}`, at most {MAX_NUM_SEQS} sequences, {NUM_BLOCKS:,} blocks of {BLOCK_SIZE}; iteration log off, ",
+        "all metrics on. Times are CPU seconds, the best of "
+        f"{len(cases[0]['all_loop_s'])} runs. Goals: {GOAL_REQUESTS_PER_S:,} requests/s; 100,000 requests in under "
+        f"{GOAL_PEAK_MB} MB.",
+        "",
+        *table(header, rows(cases)),
+        "",
+        "The last two columns make machines comparable: how many iterations the simulator does in the time of one bare",
+        "simpy timeout, and how many such timeouts per second this machine did just before.",
+        "",
+        f"`python -m gllm.sim replay` opens its trace after {started}.",
+    ]
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def main() -> None:
+    """Measure every case and write the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trace", metavar="PATH", help="lengths to use; default: azure2023_conv, else a sample")
+    parser.add_argument("--requests", type=_numbers, default=[10_000, 100_000], metavar="N,N")
+    parser.add_argument("--pp", type=_numbers, default=[1, 4], metavar="N,N")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.case:
+        print(json.dumps(measure(Case(**json.loads(options.case)))))
+        return
+    trace = pick_trace(options.trace)
+    cases = []
+    for num_requests in options.requests:
+        for pp in options.pp:
+            print(f"PP {pp}, {num_requests:,} requests", file=sys.stderr)
+            cases.append(measure_apart(Case(trace=trace, pp=pp, num_requests=num_requests), options.repeats))
+    start = start_s()
+    result = {**describe_run(), "cases": cases, "start_s": start}
+    write_results("sim_speed", result, "Speed of the simulator", report(cases, start))
+
+
+if __name__ == "__main__":
+    main()

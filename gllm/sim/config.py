@@ -1,0 +1,151 @@
+"""What to simulate: `SimConfig`, plain values that a command line or a script sets, and what they resolve to."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+from gllm.core import Engine, Limits
+from gllm.model_shape import load_shape
+from gllm.policy import ORDERS, format_policy, parse_policy
+from gllm.sim.capacity import kv_capacity
+from gllm.sim.gpus import get_gpu
+from gllm.sim.parallel import Parallel
+from gllm.sim.roofline import Roofline, RooflineConstants
+from gllm.trace import Trace, load_trace
+
+if TYPE_CHECKING:
+    from gllm.core import Policy
+    from gllm.model_shape import ModelShape
+    from gllm.sim.cost import CostModel
+    from gllm.sim.gpus import Gpu
+
+MAX_SIZED_TOKENS = 16_384
+"""Buffers are sized for micro-batches of at most so many tokens; an engine computes longer ones in slices."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceOptions:
+    """Which trace to replay and how to bend it; see `gllm.trace.load_trace`."""
+
+    source: str
+    format: str | None = None
+    rate_scale: float = 1.0
+    window: str | None = None
+    limit: int | None = None
+    repeat: int = 1
+    arrivals: str | None = None
+    seed: int = 0
+    max_total_tokens: int | None = None
+
+    def load(self) -> Trace:
+        """Read the trace.
+
+        Raises:
+            ValueError: One line: the file, the row, what is wrong, what to do.
+        """
+        return load_trace(**asdict(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimConfig:
+    """A whole run but for the trace's contents. None means: what the model or the hardware gives."""
+
+    model: str = "qwen3-32b"  # a known name, a folder with a config.json, or such a file
+    gpu: str = "h200"
+    parallel: Parallel = Parallel()
+    policy: str = "throttle"  # NAME[:key=value,...]
+    max_num_seqs: int = 256
+    block_size: int = 16
+    max_model_len: int | None = None
+    num_blocks: int | None = None
+    max_in_flight: int = 0  # 0: the pipeline's depth
+    gpu_memory_utilization: float = 0.9
+    prefix_caching: bool = True
+    constants: RooflineConstants = RooflineConstants()
+    slo_ttft_s: float | None = None
+    slo_tpot_s: float | None = None
+    trace: TraceOptions | None = None
+
+    def resolve(self) -> Setup:
+        """Look everything up and see that it fits together.
+
+        Raises:
+            ValueError: One line that names the option to change.
+        """
+        shape, gpu, policy = load_shape(self.model), get_gpu(self.gpu), parse_policy(self.policy)
+        cost = Roofline(shape=shape, gpu=gpu, parallel=self.parallel, constants=self.constants)
+        max_model_len = shape.max_position_embeddings if self.max_model_len is None else self.max_model_len
+        num_blocks = self.num_blocks
+        if num_blocks is None:
+            longest = self._limits(max_model_len, -(-max_model_len // max(self.block_size, 1)))
+            num_blocks = kv_capacity(
+                shape,
+                gpu,
+                self.parallel,
+                memory_utilization=self.gpu_memory_utilization,
+                block_size=self.block_size,
+                max_batch_tokens=min(policy.max_batch_tokens(longest), MAX_SIZED_TOKENS),
+            )
+        limits = self._limits(max_model_len, num_blocks)
+        return Setup(config=self, shape=shape, gpu=gpu, policy=policy, limits=limits, cost=cost)
+
+    def _limits(self, max_model_len: int, num_blocks: int) -> Limits:
+        return Limits(
+            num_blocks=num_blocks,
+            block_size=self.block_size,
+            max_model_len=max_model_len,
+            max_num_seqs=self.max_num_seqs,
+            depth=self.parallel.pp,
+            max_in_flight=self.max_in_flight,
+            prefix_caching=self.prefix_caching,
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON values, with what the defaults came to."""
+        return self.resolve().to_json()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What a `SimConfig` resolves to."""
+
+    config: SimConfig
+    shape: ModelShape
+    gpu: Gpu
+    policy: Policy
+    limits: Limits
+    cost: CostModel
+
+    def engine(self, *, keep_snapshots: bool = False) -> Engine:
+        """A fresh engine."""
+        return Engine(self.policy, self.limits, keep_snapshots=keep_snapshots)
+
+    def to_json(self) -> dict[str, Any]:
+        """The whole configuration as JSON values; `trace` holds the options, without the contents."""
+        config = self.config
+        return {
+            "model": self.shape.name,
+            "gpu": self.gpu.name,
+            "gpus": f"{config.parallel.num_gpus} x {self.gpu.name}",
+            "policy": format_policy(self.policy),
+            "trace": None if config.trace is None else {"name": config.trace.source, **asdict(config.trace)},
+            "parallel": asdict(config.parallel),
+            "limits": asdict(self.limits),
+            "gpu_memory_utilization": config.gpu_memory_utilization,
+            "num_blocks_given": config.num_blocks is not None,
+            "slo_ttft_s": config.slo_ttft_s,
+            "slo_tpot_s": config.slo_tpot_s,
+            "policy_options": policy_options(self.policy),
+            "cost_constants": asdict(config.constants),
+            "model_source": config.model,
+            "model_shape": asdict(self.shape),
+            "gpu_sheet": asdict(self.gpu),
+        }
+
+
+def policy_options(policy: Policy) -> dict[str, Any]:
+    """Every option of a policy, defaults too; its order by name."""
+    orders = {order: name for name, order in ORDERS.items()}
+    values = {field.name: getattr(policy, field.name) for field in fields(policy)}  # type: ignore[arg-type]
+    return {name: orders[value] if name == "order" else value for name, value in values.items()}
