@@ -47,9 +47,7 @@ def pick_trace(path: str | None) -> str:
 
 def read_workload(trace: str, num_requests: int) -> Trace:
     """The lengths of a trace, looped to `num_requests`, each clipped to 4096 tokens, all there at t = 0."""
-    return load_trace(
-        trace, repeat=0, limit=num_requests, max_total_tokens=MAX_TOTAL_TOKENS, arrivals="burst"
-    )
+    return load_trace(trace, repeat=0, limit=num_requests, max_total_tokens=MAX_TOTAL_TOKENS, arrivals="burst")
 
 
 def _tick(env: simpy.Environment, count: int) -> Generator[simpy.Event, Any, None]:

@@ -171,20 +171,19 @@ def report(cases: Sequence[dict[str, Any]], start: float | None) -> list[str]:
     """The results' page below its head."""
     header = ["PP", "requests", "requests/s", "iterations/s", "iterations", "loop s", "metrics s", "peak MB"]
     header += ["iterations per simpy timeout", "simpy timeouts, M/s"]
-    started = "could not be measured" if start is None else f"{start:.2f} s (goal: below {GOAL_START_S:.0f} s)"
+    opened = f"opens its trace after {start:.2f} s" if start is not None else "could not be timed"
     return [
-        f"Lengths of `{cases[0]['trace']}`, looped, clipped to 4096 tokens, all queued at t = 0; {MODEL} on {GPU}, ",
-        f"`{POLICY}`, at most {MAX_NUM_SEQS} sequences, {NUM_BLOCKS:,} blocks of {BLOCK_SIZE}; iteration log off, ",
-        "all metrics on. Times are CPU seconds, the best of "
-        f"{len(cases[0]['all_loop_s'])} runs. Goals: {GOAL_REQUESTS_PER_S:,} requests/s; 100,000 requests in under "
-        f"{GOAL_PEAK_MB} MB.",
+        f"Lengths of `{cases[0]['trace']}`, looped, clipped to 4096 tokens, all queued at t = 0; {MODEL} on {GPU},",
+        f"`{POLICY}`, at most {MAX_NUM_SEQS} sequences, {NUM_BLOCKS:,} blocks of {BLOCK_SIZE}; iteration log off, all",
+        f"metrics on. Times are CPU seconds, the best of {len(cases[0]['all_loop_s'])} runs.",
+        f"Goals: {GOAL_REQUESTS_PER_S:,} requests/s; 100,000 requests in under {GOAL_PEAK_MB} MB.",
         "",
         *table(header, rows(cases)),
         "",
         "The last two columns make machines comparable: how many iterations the simulator does in the time of one bare",
         "simpy timeout, and how many such timeouts per second this machine did just before.",
         "",
-        f"`python -m gllm.sim replay` opens its trace after {started}.",
+        f"`python -m gllm.sim replay` {opened} (goal: below {GOAL_START_S:.0f} s).",
     ]
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 from gllm.core.decision import Batch, PlanError, Preempt, StallError, Wait, WaitReason
 from gllm.core.events import Finished, FirstToken, Preempted, Rejected
 from gllm.core.plan import Plan, StepResult, Stopped
-from gllm.core.planning import check_batch, commit_batch
+from gllm.core.planning import plan_batch
 from gllm.core.request import DECODING, FINISHED, NEVER, PREFILLED, PREFILLING, WAITING, Sequence
 from gllm.core.rotation import DecodeGroup
 from gllm.core.state import State
@@ -98,11 +98,11 @@ class Engine:
             snapshot = state.snapshot() if self._keep_snapshots else None
             decision = decide(state)
             if type(decision) is Batch:
-                check_batch(state, decision, self._max_batch_tokens)
-                plan = commit_batch(state, decision, self._events)
+                plan = plan_batch(state, decision, self._max_batch_tokens, self._events)
                 plans.append(plan)
                 room -= 1
-                plan.saw = snapshot
+                if snapshot is not None:
+                    plan.saw = snapshot
                 if self._preempted:
                     plan.preempted, self._preempted = self._preempted, []
                 if self._looks_ahead:
@@ -174,15 +174,20 @@ class Engine:
         """Make the plan's sequences plannable again."""
         plan.released = True
         group = plan.group
-        for sequence in plan.prefilled:
+        if plan.prefilled:
+            group = self._begin_decoding(plan.prefilled, group)
+        if group is not None:
+            self._state.rotation.add(group)
+
+    def _begin_decoding(self, prefilled: Iterable[Sequence], group: DecodeGroup | None) -> DecodeGroup | None:
+        for sequence in prefilled:
             if sequence.phase is PREFILLED:
                 sequence.phase = DECODING
                 self._state.num_decoding += 1
                 if sequence.num_tokens < sequence.limit:
                     group = group or DecodeGroup(self.limits.block_size)
                     group.join(sequence)
-        if group is not None:
-            self._state.rotation.add(group)
+        return group
 
     def _release_early(self) -> None:
         """Asynchronous scheduling: plan the next step before the last token's value is known.

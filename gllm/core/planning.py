@@ -20,29 +20,59 @@ if TYPE_CHECKING:
     from gllm.core.state import State
 
 
-def check_batch(state: State, batch: Batch, max_tokens: int) -> None:
-    """Raise `PlanError` unless the batch can be committed whole."""
+def plan_batch(state: State, batch: Batch, max_tokens: int, events: list[Event]) -> Plan:
+    """Check a batch as a whole, then carry it out: allocate, move sequences on, put the plan on the road.
+
+    Raises:
+        PlanError: The batch cannot be committed; nothing was changed.
+    """
     prefill, num_decode, names = batch
-    if names:
-        _check_named(batch)
-        num_decode = len(names)
-    elif num_decode < 0 or num_decode > state.rotation.num_ready:
-        raise PlanError(f"{num_decode} decode steps asked for, {state.rotation.num_ready} sequences are ready")
+    rotation, pool = state.rotation, state.pool
     tokens = blocks = 0
+    if names:
+        num_decode = _check_named(batch)
+    elif num_decode < 0 or num_decode > rotation.num_ready:
+        raise PlanError(f"{num_decode} decode steps asked for, {rotation.num_ready} sequences are ready")
     if prefill:
         tokens, blocks = _check_chunks(state, prefill)
     elif not num_decode:
         raise PlanError("an empty batch; a policy with nothing to plan says Wait")
     if tokens + num_decode > max_tokens:
         raise PlanError(f"{tokens + num_decode} tokens in one batch, the policy promised at most {max_tokens}")
-    free = state.pool.num_free
-    if blocks + num_decode > free:  # each step needs one block at most; count exactly only when it is tight
-        blocks += _named_blocks(names) if names else state.rotation.count_blocks(num_decode)
-        if blocks > free:
-            raise PlanError(f"the batch needs {blocks} cache blocks, {free} are free")
+    if blocks + num_decode > pool.num_free:  # each step needs one block at most; count exactly only when it is tight
+        _check_blocks(state, batch, blocks)
+
+    plan = Plan(state.num_plans)
+    state.num_plans += 1
+    state.in_flight.append(plan)
+    chunks: Seq[tuple[Sequence, int]] = prefill  # type: ignore[assignment]  # policies hold our own sequences
+    if chunks:
+        for sequence, _ in chunks:
+            if sequence.phase is WAITING:  # before anything is allocated, lest its cached prefix be evicted
+                _admit(state, sequence, events)
+    if names:
+        rotation.bring_forward(cast("Iterable[Sequence]", names))
+    if num_decode:
+        rotation.take(num_decode).advance(plan, pool)
+    if chunks:
+        _commit_chunks(state, plan, chunks)
+        num_decode += len(plan.prefilled)
+    plan.num_sampled = num_decode
+    plan.num_free_blocks = pool.num_free
+    return plan
 
 
-def _check_named(batch: Batch) -> None:
+def _check_blocks(state: State, batch: Batch, blocks: int) -> None:
+    if batch.decode:
+        names = cast("Iterable[Sequence]", batch.decode)
+        blocks += sum(sequence.id in sequence.group.growing() for sequence in names if sequence.group)
+    else:
+        blocks += state.rotation.count_blocks(batch.num_decode)
+    if blocks > state.pool.num_free:
+        raise PlanError(f"the batch needs {blocks} cache blocks, {state.pool.num_free} are free")
+
+
+def _check_named(batch: Batch) -> int:
     if batch.num_decode:
         raise PlanError("a batch either counts decode steps or names them, not both")
     names = cast("Seq[Sequence]", batch.decode)
@@ -51,11 +81,7 @@ def _check_named(batch: Batch) -> None:
             raise PlanError(f"{sequence!r} is not ready to decode")
     if len({sequence.id for sequence in names}) != len(names):
         raise PlanError("a sequence is named twice")
-
-
-def _named_blocks(names: Iterable[SequenceView]) -> int:
-    sequences = cast("Iterable[Sequence]", names)
-    return sum(sequence.id in sequence.group.growing() for sequence in sequences if sequence.group)
+    return len(names)
 
 
 def _check_chunks(state: State, prefill: Seq[tuple[SequenceView, int]]) -> tuple[int, int]:
@@ -80,31 +106,6 @@ def _check_chunks(state: State, prefill: Seq[tuple[SequenceView, int]]) -> tuple
     if admitted and state.num_running + admitted > state.limits.max_num_seqs:
         raise PlanError(f"{admitted} more sequences would exceed max_num_seqs={state.limits.max_num_seqs}")
     return tokens, blocks
-
-
-def commit_batch(state: State, batch: Batch, events: list[Event]) -> Plan:
-    """Carry out a checked batch: allocate, move sequences on, put the plan on the road."""
-    prefill, num_decode, names = batch
-    plan = Plan(state.num_plans)
-    chunks: Seq[tuple[Sequence, int]] = prefill  # type: ignore[assignment]  # policies hold our own sequences
-    if chunks:
-        for sequence, _ in chunks:
-            if sequence.phase is WAITING:  # before anything is allocated, lest its cached prefix be evicted
-                _admit(state, sequence, events)
-    if names:
-        state.rotation.bring_forward(cast("Iterable[Sequence]", names))
-        num_decode = len(names)
-    pool = state.pool
-    if num_decode:
-        state.rotation.take(num_decode).advance(plan, pool)
-    if chunks:
-        _commit_chunks(state, plan, chunks)
-        num_decode += len(plan.prefilled)
-    plan.num_sampled = num_decode
-    plan.num_free_blocks = pool.num_free
-    state.num_plans += 1
-    state.in_flight.append(plan)
-    return plan
 
 
 def _commit_chunks(state: State, plan: Plan, prefill: Seq[tuple[Sequence, int]]) -> None:

@@ -102,7 +102,9 @@ class DecodeGroup:
         plan.decode_context = context = self.context
         plan.previous = self.last_plan
         if self.joined:
-            plan.joined = [Joined(s, s.last_plan, s.num_output_tokens) for s in self.joined.values()]
+            plan.joined = [
+                Joined(s, s.last_plan, s.offset + step - s.request.num_prompt_tokens) for s in self.joined.values()
+            ]
             self.joined = {}
         growing = self._growth.get(step % self._block_size)
         if growing is not None:

@@ -18,15 +18,14 @@ from gllm.core import NEVER, Finished, FirstToken, Preempted, Rejected, Schedule
 from gllm.report.record import BATCH_DTYPE, GAP_DTYPE, REQUEST_DTYPE, STATUSES, RunRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from gllm.core import Event, Plan, Request
 
 _STATUS = {name: number for number, name in enumerate(STATUSES)}
-_NUMBER = struct.Struct("q")
-_REQUEST = struct.Struct(f"{len(REQUEST_DTYPE.names or ())}q")
-_FIELDS = REQUEST_DTYPE.fields or {}
-_OFFSET: dict[str, int] = {name: int(_FIELDS[name][1]) for name in REQUEST_DTYPE.names or ()}
+_REJECTED = _STATUS["rejected"]
+_REQUEST_COLUMNS = REQUEST_DTYPE.names or ()
+_BATCH_COLUMNS = BATCH_DTYPE.names or ()
 
 
 class Recorder:
@@ -37,47 +36,51 @@ class Recorder:
 
     def __init__(self, num_stages: int) -> None:
         self.num_ended = 0  # requests that finished or were rejected; progress bars watch it
-        self.num_submitted = 0
         self._num_stages = num_stages
-        self._requests = bytearray()
-        self._batches = bytearray()
-        self._width = len(BATCH_DTYPE.names or ()) + 2 + 2 * num_stages
+        self._requests = {name: array("q") for name in _REQUEST_COLUMNS}
+        self._arrival, self._scheduled, self._first_token, self._finish, *rest = self._requests.values()
+        self._prompt, self._output, self._cached, self._preemptions, self._status = rest
+        self._width = len(_BATCH_COLUMNS) + 2 + 2 * num_stages
         self._row = struct.Struct(f"{self._width}q").pack
+        self._batches = bytearray()
         self._gaps = array("q")
 
-    def submit(self, requests: Iterable[Request]) -> None:
+    @property
+    def num_submitted(self) -> int:
+        """Requests seen so far."""
+        return len(self._arrival)
+
+    def submit(self, requests: Sequence[Request]) -> None:
         """Open a row for each request."""
-        for request in requests:
-            # In the order of REQUEST_DTYPE: nothing has happened yet.
-            self._requests += _REQUEST.pack(request.arrival_ns, -1, -1, -1, request.num_prompt_tokens, 0, 0, 0, 0)
-            self.num_submitted += 1
+        self._arrival.extend([request.arrival_ns for request in requests])
+        self._prompt.extend([request.num_prompt_tokens for request in requests])
+        never, zero = array("q", [-1]) * len(requests), array("q", [0]) * len(requests)
+        for column in (self._scheduled, self._first_token, self._finish):
+            column.extend(never)
+        for column in (self._output, self._cached, self._preemptions, self._status):
+            column.extend(zero)
 
     def events(self, now: int, events: Iterable[Event]) -> None:
         """Note what happened to requests in a turn."""
         for event in events:
             kind = type(event)
+            row = event.id
             if kind is FirstToken:
-                self._set(event.id, "first_token_ns", now)
+                self._first_token[row] = now
             elif kind is Scheduled:
-                self._set(event.id, "scheduled_ns", now)
-                self._set(event.id, "num_cached_tokens", event.num_cached_tokens)
+                self._scheduled[row] = now
+                self._cached[row] = event.num_cached_tokens  # type: ignore[union-attr]
             elif kind is Finished:
-                self._set(event.id, "num_output_tokens", event.num_output_tokens)
-                self._end(event.id, now, event.reason)
+                self._finish[row] = now
+                self._output[row] = event.num_output_tokens  # type: ignore[union-attr]
+                self._status[row] = _STATUS[event.reason]  # type: ignore[union-attr]
+                self.num_ended += 1
             elif kind is Preempted:
-                offset = event.id * _REQUEST.size + _OFFSET["num_preemptions"]
-                (count,) = _NUMBER.unpack_from(self._requests, offset)
-                _NUMBER.pack_into(self._requests, offset, count + 1)
+                self._preemptions[row] += 1
             elif kind is Rejected:
-                self._end(event.id, now, "rejected")
-
-    def _set(self, row: int, column: str, value: int) -> None:
-        _NUMBER.pack_into(self._requests, row * _REQUEST.size + _OFFSET[column], value)
-
-    def _end(self, row: int, now: int, status: str) -> None:
-        self._set(row, "finish_ns", now)
-        self._set(row, "status", _STATUS[status])
-        self.num_ended += 1
+                self._finish[row] = now
+                self._status[row] = _REJECTED
+                self.num_ended += 1
 
     def batch(
         self,
@@ -130,9 +133,11 @@ class Recorder:
         block_size: int,
     ) -> RunRecord:
         """All columns as numpy arrays; batches that never came back are left out."""
+        requests = np.zeros(self.num_submitted, REQUEST_DTYPE)
+        for name, column in self._requests.items():
+            requests[name] = column
         rows = np.frombuffer(bytes(self._batches), np.int64).reshape(-1, self._width)
-        first = len(BATCH_DTYPE.names or ())
-        done, discarded, *_ = rows[:, first : first + 2].T
+        first = len(_BATCH_COLUMNS)
         ends, costs = np.split(rows[:, first + 2 :], 2, axis=1)
         return RunRecord(
             config=config,
@@ -141,10 +146,10 @@ class Recorder:
             decision_sha256=decision_sha256,
             num_blocks=num_blocks,
             block_size=block_size,
-            requests=np.frombuffer(bytes(self._requests), REQUEST_DTYPE),
+            requests=requests,
             batches=unstructured_to_structured(rows[:, :first], BATCH_DTYPE),
-            done_ns=done,
-            num_discarded=discarded,
+            done_ns=rows[:, first],
+            num_discarded=rows[:, first + 1],
             gaps=np.frombuffer(bytes(self._gaps), GAP_DTYPE),
             stage_start_ns=ends - costs,
             stage_end_ns=ends,

@@ -6,19 +6,20 @@ at which its members will stop, so a micro-batch that merely goes on costs one l
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import simpy
 
-from gllm.core import NEVER, Finished, Rejected, StepResult, Stopped
+from gllm.core import NEVER, StepResult, Stopped
 from gllm.sim.pipeline import WAKE, Instant, RecurrencePipeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
 
-    from gllm.core import DecodeGroup, Engine, Event, Plan, Request, Sequence
+    from gllm.core import DecodeGroup, Engine, Plan, Request, Sequence
     from gllm.report.decision_log import DecisionLog
     from gllm.report.recorder import Recorder
     from gllm.sim.cost import CostModel
@@ -37,7 +38,7 @@ Flight = tuple["Plan", "Sequence[int]", "list[Stopped]", int, tuple[int, int]]
 
 
 class Simulation:
-    """Plays arrivals (sorted by time) against an engine in virtual time.
+    """Plays arrivals (sorted by time, their ids 0, 1, 2, ...) against an engine in virtual time.
 
     `pipeline` is the class of the pipeline: the recurrence, or one process per stage.
     """
@@ -65,7 +66,7 @@ class Simulation:
         self._looks_ahead = engine.limits.max_in_flight > engine.limits.depth
         self._flights: deque[Flight] = deque()
         self._pending: list[Request] = []
-        self._true_length: dict[int, int] = {}
+        self._true_length = array("q")  # by request id
         self.env.process(self._arrive(arrivals))
 
     def run(self) -> None:
@@ -79,7 +80,7 @@ class Simulation:
             if time > env.now:
                 yield env.timeout(time - env.now)
             for arrival in group:
-                self._true_length[arrival.request.id] = arrival.num_output_tokens
+                self._true_length.append(arrival.num_output_tokens)
                 self._pending.append(arrival.request)
             # With a full pipeline nothing can be planned: the next result's turn takes them in.
             if len(self._flights) < self.engine.limits.max_in_flight:
@@ -104,18 +105,12 @@ class Simulation:
         plans, events, wait = turn
         if events:
             self._recorder.events(now, events)
-            self._forget(events)
         if self._log is not None:
             self._log.write(now, results, arrived, (), turn)
         for plan in plans:
             self._dispatch(plan, now)
         if wait.until_ns is not None:
             Instant(self.env, wait.until_ns, WAKE, self._wake)
-
-    def _forget(self, events: Iterable[Event]) -> None:
-        for event in events:
-            if type(event) is Finished or type(event) is Rejected:
-                del self._true_length[event.id]
 
     def _dispatch(self, plan: Plan, now: int) -> None:
         view = self._view
@@ -139,7 +134,7 @@ class Simulation:
         for sequence in group.notes.pop(step):
             if sequence.group is group:
                 num_output_tokens = sequence.offset + step + 1 - sequence.num_prompt_tokens
-                if num_output_tokens == self._true_length.get(sequence.id):
+                if num_output_tokens == self._true_length[sequence.id]:
                     stopped.append(Stopped(sequence.id))
 
     def _watch(self, plan: Plan, group: DecodeGroup) -> None:

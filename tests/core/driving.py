@@ -74,6 +74,7 @@ class Shell:
         for plan in turn.plans:
             self.flight.append((plan, self.ledger.plan(plan, members.get(plan.id, []))))
         self.check()
+        assert self.flight or turn.wait.until_ns or not self.ledger.alive, "nothing will ever wake the shell"
         self.log.append(((*told, self.now), summary(turn, members)))
         return turn
 
@@ -91,7 +92,6 @@ class Shell:
         self.ledger.check_returned()
         assert self.engine.num_unfinished == len(self.ledger.alive)
         assert self.engine.view.num_in_flight == len(self.flight) <= self.engine.limits.max_in_flight
-        assert self.flight or not self.ledger.alive, "nothing on the road, and work is left"
 
     def drain(self):
         """Play on until everything has ended and the cache is empty."""

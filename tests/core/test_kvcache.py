@@ -48,7 +48,6 @@ class PoolMachine(RuleBasedStateMachine):
     def remember(self):
         self.before = (self.pool.version, self.answers())
 
-    @precondition(lambda self: self.pool.num_free)
     @rule(topic=st.integers(0, TOPICS - 1), hit=st.booleans())
     def arrive(self, topic, hit):
         """Take what the cache knows of a prompt."""

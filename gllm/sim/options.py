@@ -1,0 +1,182 @@
+"""Options that several commands share, and the configuration they make. Importing this imports nothing heavy."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from dataclasses import Field
+
+    from gllm.sim.config import SimConfig, TraceOptions
+    from gllm.sim.roofline import RooflineConstants
+
+
+def whole(low: int) -> Callable[[str], int]:
+    """A parser of whole numbers from `low`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = low - 1
+        if number < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return number
+
+    return parse
+
+
+def positive(text: str) -> float:
+    """A finite number above zero."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+    return number
+
+
+def layer_counts(text: str) -> tuple[int, ...]:
+    """`16,16,17,15`."""
+    return tuple(map(whole(1), text.split(",")))
+
+
+def rates(text: str) -> list[float]:
+    """`1,2,4`."""
+    return [positive(part) for part in text.split(",")]
+
+
+def split_policies(texts: list[str]) -> list[str]:
+    """Policy specs from text where commas part both specs and one spec's options.
+
+    Specs may also be parted by spaces or semicolons. After a comma `key=value` goes on with the
+    options of the spec before it; anything else begins a new one.
+    """
+    specs: list[str] = []
+    for text in " ".join(texts).replace(";", " ").split():
+        head = len(specs)
+        for part in filter(None, text.split(",")):
+            if len(specs) > head and "=" in part.partition(":")[0]:
+                specs[-1] += f",{part}"
+            else:
+                specs.append(part)
+    return specs
+
+
+def add_trace_options(parser: argparse.ArgumentParser) -> None:
+    """TRACE and how to bend it."""
+    parser.add_argument("trace", metavar="TRACE", help="a file (zipped or not), - for standard input, or a sample's name")
+    group = parser.add_argument_group("trace")
+    group.add_argument("--format", help="the file's format; default: told from its first line")
+    group.add_argument("--rate-scale", type=positive, default=1.0, metavar="X", help="arrivals X times as fast")
+    group.add_argument("--window", metavar="START:END", help="only requests that arrive then, in seconds")
+    group.add_argument("--limit", type=whole(1), metavar="ROWS", help="only the first rows")
+    group.add_argument("--repeat", type=whole(0), default=1, metavar="N", help="the rows N times over; 0: up to --limit")
+    group.add_argument("--arrivals", metavar="PROCESS", help="draw times: poisson:RATE, gamma:RATE:CV or burst")
+    group.add_argument("--max-total-tokens", type=whole(2), metavar="N", help="clip each request to N tokens")
+    group.add_argument("--seed", type=int, default=0, help="of drawn times (default: 0)")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What serves the trace; vLLM's spellings are understood too."""
+    group = parser.add_argument_group("model and hardware")
+    group.add_argument("--model", default="qwen3-32b", help="a name (see models), a folder with a config.json, or such a file")
+    group.add_argument("--gpu", default="h200", help="see gpus (default: h200)")
+    group.add_argument("--pp", "-pp", "--pipeline-parallel-size", type=whole(1), default=4, metavar="N", help="stages (default: 4)")
+    group.add_argument("--tp", "-tp", "--tensor-parallel-size", type=whole(1), default=1, metavar="N", help="GPUs a stage (default: 1)")
+    group.add_argument("--ep", type=whole(1), default=1, metavar="N", help="groups of GPUs that share a stage's experts (default: 1)")
+    group.add_argument("--pp-layers", type=layer_counts, metavar="16,16,17,15", help="layers of each stage; default: even")
+    group.add_argument("--gpu-memory-utilization", type=positive, default=0.9, metavar="SHARE", help="of each GPU's memory (default: 0.9)")
+    group.add_argument("--cost", action="append", default=[], metavar="KEY=VALUE,...", help="constants of the cost model, such as host_ns=500000")
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """The engine's limits, and what the report measures goodput by."""
+    group = parser.add_argument_group("engine")
+    group.add_argument("--max-num-seqs", type=whole(1), default=256, metavar="N", help="sequences at once (default: 256)")
+    group.add_argument("--block-size", type=whole(1), default=16, metavar="N", help="tokens in a cache block (default: 16)")
+    group.add_argument("--max-model-len", type=whole(2), metavar="N", help="prompt and output tokens; default: the model's")
+    group.add_argument("--num-blocks", type=whole(1), metavar="N", help="cache blocks; default: what the memory holds")
+    group.add_argument("--max-in-flight", type=whole(0), default=0, metavar="N", help="micro-batches on the road; default: one a stage")
+    group.add_argument(
+        "--prefix-caching", "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="on by default"
+    )
+    group.add_argument("--slo-ttft", type=positive, metavar="S", help="objective for the time to the first token")
+    group.add_argument("--slo-tpot", type=positive, metavar="S", help="objective for the time per output token")
+
+
+def trace_options(args: argparse.Namespace) -> TraceOptions:
+    """The trace that a command line asks for."""
+    from gllm.sim.config import TraceOptions  # noqa: PLC0415 - --help must not wait for it
+
+    return TraceOptions(
+        source=args.trace,
+        format=args.format,
+        rate_scale=args.rate_scale,
+        window=args.window,
+        limit=args.limit,
+        repeat=args.repeat,
+        arrivals=args.arrivals,
+        seed=args.seed,
+        max_total_tokens=args.max_total_tokens,
+    )
+
+
+def sim_config(args: argparse.Namespace, policy: str) -> SimConfig:
+    """The run that a command line asks for, under one policy."""
+    from gllm.sim.config import SimConfig  # noqa: PLC0415
+    from gllm.sim.parallel import Parallel  # noqa: PLC0415
+
+    return SimConfig(
+        model=args.model,
+        gpu=args.gpu,
+        parallel=Parallel(pp=args.pp, tp=args.tp, ep=args.ep, pp_layers=args.pp_layers),
+        policy=policy,
+        max_num_seqs=args.max_num_seqs,
+        block_size=args.block_size,
+        max_model_len=args.max_model_len,
+        num_blocks=args.num_blocks,
+        max_in_flight=args.max_in_flight,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        prefix_caching=args.prefix_caching,
+        constants=cost_constants(args.cost),
+        slo_ttft_s=args.slo_ttft,
+        slo_tpot_s=args.slo_tpot,
+        trace=trace_options(args),
+    )
+
+
+def cost_constants(texts: list[str]) -> RooflineConstants:
+    """The cost model's constants with `key=value` pairs laid over the defaults.
+
+    Raises:
+        ValueError: An unknown key, which lists those that exist, or a bad value.
+    """
+    from dataclasses import fields  # noqa: PLC0415
+
+    from gllm.sim.roofline import RooflineConstants  # noqa: PLC0415
+
+    known = {field.name: field for field in fields(RooflineConstants)}
+    values: dict[str, float] = {}
+    for part in filter(None, ",".join(texts).split(",")):
+        key, _, text = part.partition("=")
+        if key not in known:
+            raise ValueError(f"--cost {part}: unknown constant; known: {', '.join(known)}")
+        values[key] = _constant(known[key], text)
+    return RooflineConstants(**values)  # type: ignore[arg-type]
+
+
+def _constant(field: Field[float], text: str) -> float:
+    kind: type[float] = type(field.default)  # type: ignore[arg-type]
+    try:
+        value = kind(text)
+    except ValueError:
+        value = kind(-1)
+    if value < 0 or (kind is float and not 0 < value <= 1):
+        wanted = "a share of the peak, above 0 and at most 1" if kind is float else "a whole number of at least 0"
+        raise ValueError(f"--cost {field.name}={text}: must be {wanted}")
+    return value

@@ -1,0 +1,116 @@
+"""`replay`: one trace under one policy."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gllm.report.decision_log import LOG_NAME
+from gllm.sim.options import sim_config
+from gllm.sim.output import RUN_FILES, staged
+from gllm.sim.progress import show_progress
+from gllm.sim.run import simulate
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+    from collections.abc import Iterable, Iterator
+
+    from gllm.sim.config import Setup, SimConfig, TraceOptions
+    from gllm.trace import Trace
+
+    Summary = dict[str, Any]
+
+
+def replay(args: Namespace) -> int:
+    """Replay a trace, write its report, print its table; return the exit status."""
+    config = sim_config(args, args.policy)
+    setup = config.resolve()  # before the trace is read: most mistakes show here
+    if args.out is None:
+        summary = _summary(args, config)
+    else:
+        with staged(Path(args.out), RUN_FILES) as folder:
+            summary = _written(args, config, folder)
+    tell(args, setup_notes(setup))
+    tell(args, rejections(setup, summary))
+    _print(args, summary)
+    return 0
+
+
+def read_trace(args: Namespace, options: TraceOptions) -> Trace:
+    """Read the trace and pass on what was changed in it."""
+    trace = options.load()
+    tell(args, (f"{trace.name}: {note}" for note in trace.notes))
+    return trace
+
+
+def tell(args: Namespace, notes: Iterable[str]) -> None:
+    """Notes to standard error, unless --quiet."""
+    for note in notes:
+        if not args.quiet:
+            print(f"gllm: note: {note}", file=sys.stderr)
+
+
+def setup_notes(setup: Setup) -> Iterator[str]:
+    """What a user may not expect of a configuration that is allowed."""
+    trained, longest = setup.shape.max_position_embeddings, setup.limits.max_model_len
+    if longest > trained:
+        yield f"--max-model-len {longest:,} exceeds the {trained:,} positions of {setup.shape.name}; taken as scaled"
+
+
+def rejections(setup: Setup, summary: Summary) -> Iterator[str]:
+    """How many requests were never served, why, and what to do."""
+    limits, rejected = setup.limits, summary["num_rejected"]
+    longest = limits.max_tokens_per_sequence
+    if longest == limits.max_model_len:
+        cause = "that --max-model-len allows"
+    else:
+        cause = "of the whole KV cache; spread the model over more GPUs"
+    if rejected:
+        yield f"{rejected:,} of {summary['num_requests']:,} requests rejected: longer than the {longest:,} tokens {cause}"
+
+
+def _summary(args: Namespace, config: SimConfig) -> Summary:
+    """Of a run that leaves no files."""
+    from gllm.report.metrics import summarize  # noqa: PLC0415
+
+    trace = read_trace(args, config_trace(config))
+    progress = None if args.quiet else show_progress
+    record = simulate(config, trace, digest=args.iterations, progress=progress)
+    return summarize(record, slo_ttft_s=config.slo_ttft_s, slo_tpot_s=config.slo_tpot_s)
+
+
+def _written(args: Namespace, config: SimConfig, folder: Path) -> Summary:
+    """Of a run whose report goes into `folder`."""
+    trace = read_trace(args, config_trace(config))
+    progress = None if args.quiet else show_progress
+    log_path = folder / LOG_NAME if args.iterations else None
+    record = simulate(config, trace, log_path=log_path, progress=progress)
+    from gllm.report.write import write_run  # noqa: PLC0415 - pandas and plots, which only now are needed
+
+    return write_run(folder, record, slo_ttft_s=config.slo_ttft_s, slo_tpot_s=config.slo_tpot_s)
+
+
+def config_trace(config: SimConfig) -> TraceOptions:
+    """The trace that a command line always names."""
+    assert config.trace is not None
+    return config.trace
+
+
+def _print(args: Namespace, summary: Summary) -> None:
+    if args.json:
+        json.dump(summary, sys.stdout, indent=2, allow_nan=False)
+        print()
+        return
+    from rich.console import Console  # noqa: PLC0415
+
+    from gllm.report.table import run_table  # noqa: PLC0415
+
+    config = summary["config"]
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(run_table(summary, title=f"{config['trace']['name']}: {config['model']} on {config['gpus']}, {config['policy']}"))
+    digest = summary["decision_sha256"]
+    print(f"decisions SHA-256 {digest}" if digest else "decisions SHA-256 not taken (--no-iterations)")
+    if args.out is not None:
+        print(f"report {Path(args.out) / 'report.html'}")
