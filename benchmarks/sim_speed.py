@@ -32,20 +32,13 @@ from common import (
     write_results,
 )
 
-from gllm.core import Engine, Limits, Request
-from gllm.model_shape import load_shape
-from gllm.policy import parse_policy
 from gllm.report.metrics import summarize
-from gllm.report.recorder import Recorder
-from gllm.sim.driver import Arrival, Simulation
-from gllm.sim.gpus import get_gpu
+from gllm.sim.config import SimConfig
 from gllm.sim.parallel import Parallel
-from gllm.sim.roofline import Roofline
+from gllm.sim.run import simulate
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from gllm.trace import Trace
+    from collections.abc import Sequence
 
 MODEL, GPU = "llama-3.1-8b", "h100"
 POLICY = f"sarathi:token_budget={TOKEN_BUDGET}"
@@ -63,48 +56,36 @@ class Case:
     num_requests: int
 
 
-def arrivals(trace: Trace) -> Iterator[Arrival]:
-    """What the simulator's driver takes."""
-    for number, row in enumerate(trace.requests):
-        request = Request(id=number, num_prompt_tokens=row.num_prompt_tokens, arrival_ns=row.arrival_ns or 0)
-        yield Arrival(request, row.num_output_tokens)
-
-
-def build(trace: Trace, pp: int) -> tuple[Simulation, Recorder, Engine]:
-    """A simulation that is ready to run, with all metrics on and no decision log."""
-    cost = Roofline(shape=load_shape(MODEL), gpu=get_gpu(GPU), parallel=Parallel(pp=pp))
-    limits = Limits(
-        num_blocks=NUM_BLOCKS,
-        block_size=BLOCK_SIZE,
-        max_model_len=131_072,
+def configure(pp: int) -> SimConfig:
+    """The configuration of the benchmark, with `pp` stages."""
+    return SimConfig(
+        model=MODEL,
+        gpu=GPU,
+        parallel=Parallel(pp=pp),
+        policy=POLICY,
         max_num_seqs=MAX_NUM_SEQS,
-        depth=pp,
+        block_size=BLOCK_SIZE,
+        num_blocks=NUM_BLOCKS,
     )
-    engine = Engine(parse_policy(POLICY), limits)
-    recorder = Recorder(pp)
-    return Simulation(engine, arrivals(trace), cost, recorder), recorder, engine
 
 
 def measure(case: Case) -> dict[str, Any]:
     """Run one case in this process.
 
-    `loop_s` is CPU time of the simulation itself, `metrics_s` of computing the report's numbers from
-    what it recorded, `read_s` of reading the trace; `peak_mb` is the process's highest memory use.
+    `loop_s` is CPU time of the simulation itself, with everything recorded and no decision log;
+    `metrics_s` of computing the report's numbers from the record, `read_s` of reading the trace;
+    `peak_mb` is the process's highest memory use.
     """
     yardstick = calibrate()
     started = time.process_time()
     trace = read_workload(case.trace, case.num_requests)
     read_s = time.process_time() - started
-    simulation, recorder, engine = build(trace, case.pp)
     started = time.process_time()
-    simulation.run()
+    record = simulate(configure(case.pp), trace)
     loop_s = time.process_time() - started
-    record = recorder.record(
-        config={}, mode="sim", wall_s=loop_s, decision_sha256=None, num_blocks=NUM_BLOCKS, block_size=BLOCK_SIZE
-    )
     summary = summarize(record, slo_ttft_s=None, slo_tpot_s=None)
     metrics_s = time.process_time() - started - loop_s
-    num_iterations = engine.view.num_plans
+    num_iterations = len(record.batches)
     assert summary["num_finished"] == case.num_requests, "not every request was served"
     return {
         **asdict(case),

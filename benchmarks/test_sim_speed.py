@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 from common import calibrate, pick_trace, read_workload
-from sim_speed import build
+from sim_speed import configure
+
+from gllm.sim.run import simulate
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -21,20 +23,14 @@ def test_loop(benchmark: BenchmarkFixture, pp: int) -> None:
     """Ten thousand requests, all queued at the start."""
     trace = read_workload(pick_trace(None), NUM_REQUESTS)
     yardstick = calibrate()
-
-    def prepare() -> tuple[tuple[object, ...], dict[str, object]]:
-        simulation, _, engine = build(trace, pp)
-        engines.append(engine)
-        return (simulation,), {}
-
-    engines: list = []
-    benchmark.pedantic(lambda simulation: simulation.run(), setup=prepare, rounds=3)
-    num_iterations = engines[-1].view.num_plans
+    record = benchmark.pedantic(simulate, args=(configure(pp), trace), rounds=3)
     seconds = benchmark.stats.stats.min
+    num_iterations = len(record.batches)
     benchmark.extra_info |= {
         "trace": trace.name,
         "requests_per_s": NUM_REQUESTS / seconds,
         "iterations_per_s": num_iterations / seconds,
         "iterations_per_simpy_timeout": num_iterations / seconds / yardstick["simpy_timeouts_per_s"],
     }
-    assert engines[-1].num_unfinished == 0
+    assert len(record.requests) == NUM_REQUESTS
+    assert (record.requests["finish_ns"] >= 0).all(), "not every request ended"

@@ -124,7 +124,7 @@ def report(pairs: list[dict[str, Any]]) -> list[str]:
     first = pairs[0]["gllm"]
     ratios = (f"PP {p['pp']}: {p['gllm']['requests_per_s'] / p['vidur']['requests_per_s']:.1f}" for p in pairs)
     return [
-        f"{first['num_requests']:,} requests with the lengths of `{first['trace']}`, clipped to {MAX_TOTAL_TOKENS} tokens,",
+        f"{first['num_requests']:,} requests, lengths of `{first['trace']}`, clipped to {MAX_TOTAL_TOKENS} tokens,",
         f"all queued at t = 0; Sarathi with {TOKEN_BUDGET} tokens, {MAX_NUM_SEQS} sequences, {NUM_BLOCKS:,} blocks of",
         f"{BLOCK_SIZE}. CPU seconds of the loop; all of gLLM's metrics on, Vidur's off.",
         "",

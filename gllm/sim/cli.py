@@ -6,12 +6,12 @@ Only argparse is imported until a command runs, so that --help is instant.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
 from gllm.sim.options import add_engine_options, add_model_options, add_trace_options, rates, whole
+from gllm.sim.terminal import close_stdout, warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with status 2."""
-        print(f"gllm: error: {message}; see {self.prog} --help", file=sys.stderr)
+        warn(f"error: {message}; see {self.prog} --help")
         sys.exit(USAGE)
 
 
@@ -44,10 +44,10 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
         status: int = args.command(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
-        print("gllm: interrupted", file=sys.stderr)
+        warn("interrupted")
         return INTERRUPTED
     except BrokenPipeError:
-        _close_stdout()
+        close_stdout()
         return PIPE_CLOSED
     except Exception as error:
         status = explain(error)
@@ -69,13 +69,8 @@ def explain(error: Exception) -> int:
         message, status = str(error), FAILED
     else:
         return 0
-    print(f"gllm: error: {' '.join(message.split())}", file=sys.stderr)
+    warn(f"error: {message}")
     return status
-
-
-def _close_stdout() -> None:
-    """Let nothing more be written to a closed pipe, the interpreter's last flush included."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def add_commands(commands: Commands) -> None:
@@ -123,7 +118,12 @@ def _add_compare(commands: Commands) -> None:
     parser = _add(commands, "compare", "gllm.sim.compare", "compare", "set policies side by side, at one or more rates")
     add_trace_options(parser)
     parser.add_argument(
-        "--policies", action="extend", nargs="+", required=True, metavar="P", help="such as throttle,sarathi:token_budget=512"
+        "--policies",
+        action="extend",
+        nargs="+",
+        required=True,
+        metavar="P",
+        help="such as throttle,sarathi:token_budget=512",
     )
     parser.add_argument("--rates", type=rates, metavar="R,...", help="requests/s, reached by scaling the arrival times")
     parser.add_argument("--jobs", type=whole(1), metavar="N", help="runs at once; default: one a core")

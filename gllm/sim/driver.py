@@ -61,9 +61,10 @@ class Simulation:
         self._stage_ns, self._transfer_ns = cost.stage_ns, cost.transfer_ns
         self._recorder = recorder
         self._log = log
-        self._pipeline = pipeline(self.env, cost.num_stages, engine.limits.max_in_flight + 1)
-        self._submit = self._pipeline.submit
-        self._looks_ahead = engine.limits.max_in_flight > engine.limits.depth
+        limits = engine.limits
+        self._looks_ahead = limits.max_in_flight > limits.depth
+        memory = limits.max_in_flight if self._looks_ahead else 0
+        self._submit = pipeline(self.env, cost.num_stages, memory).submit
         self._flights: deque[Flight] = deque()
         self._pending: list[Request] = []
         self._true_length = array("q")  # by request id

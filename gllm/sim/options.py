@@ -69,13 +69,17 @@ def split_policies(texts: list[str]) -> list[str]:
 
 def add_trace_options(parser: argparse.ArgumentParser) -> None:
     """TRACE and how to bend it."""
-    parser.add_argument("trace", metavar="TRACE", help="a file (zipped or not), - for standard input, or a sample's name")
+    parser.add_argument(
+        "trace", metavar="TRACE", help="a file (zipped or not), - for standard input, or a sample's name"
+    )
     group = parser.add_argument_group("trace")
     group.add_argument("--format", help="the file's format; default: told from its first line")
     group.add_argument("--rate-scale", type=positive, default=1.0, metavar="X", help="arrivals X times as fast")
     group.add_argument("--window", metavar="START:END", help="only requests that arrive then, in seconds")
     group.add_argument("--limit", type=whole(1), metavar="ROWS", help="only the first rows")
-    group.add_argument("--repeat", type=whole(0), default=1, metavar="N", help="the rows N times over; 0: up to --limit")
+    group.add_argument(
+        "--repeat", type=whole(0), default=1, metavar="N", help="the rows N times over; 0: up to --limit"
+    )
     group.add_argument("--arrivals", metavar="PROCESS", help="draw times: poisson:RATE, gamma:RATE:CV or burst")
     group.add_argument("--max-total-tokens", type=whole(2), metavar="N", help="clip each request to N tokens")
     group.add_argument("--seed", type=int, default=0, help="of drawn times (default: 0)")
@@ -84,26 +88,60 @@ def add_trace_options(parser: argparse.ArgumentParser) -> None:
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What serves the trace; vLLM's spellings are understood too."""
     group = parser.add_argument_group("model and hardware")
-    group.add_argument("--model", default="qwen3-32b", help="a name (see models), a folder with a config.json, or such a file")
+    group.add_argument(
+        "--model", default="qwen3-32b", help="a name (see models), a folder with a config.json, or such a file"
+    )
     group.add_argument("--gpu", default="h200", help="see gpus (default: h200)")
-    group.add_argument("--pp", "-pp", "--pipeline-parallel-size", type=whole(1), default=4, metavar="N", help="stages (default: 4)")
-    group.add_argument("--tp", "-tp", "--tensor-parallel-size", type=whole(1), default=1, metavar="N", help="GPUs a stage (default: 1)")
-    group.add_argument("--ep", type=whole(1), default=1, metavar="N", help="groups of GPUs that share a stage's experts (default: 1)")
-    group.add_argument("--pp-layers", type=layer_counts, metavar="16,16,17,15", help="layers of each stage; default: even")
-    group.add_argument("--gpu-memory-utilization", type=positive, default=0.9, metavar="SHARE", help="of each GPU's memory (default: 0.9)")
-    group.add_argument("--cost", action="append", default=[], metavar="KEY=VALUE,...", help="constants of the cost model, such as host_ns=500000")
+    group.add_argument(
+        "--pp", "-pp", "--pipeline-parallel-size", type=whole(1), default=4, metavar="N", help="stages (default: 4)"
+    )
+    group.add_argument(
+        "--tp", "-tp", "--tensor-parallel-size", type=whole(1), default=1, metavar="N", help="GPUs a stage (default: 1)"
+    )
+    group.add_argument(
+        "--ep", type=whole(1), default=1, metavar="N", help="groups of GPUs that share a stage's experts (default: 1)"
+    )
+    group.add_argument(
+        "--pp-layers", type=layer_counts, metavar="16,16,17,15", help="layers of each stage; default: even"
+    )
+    group.add_argument(
+        "--gpu-memory-utilization",
+        type=positive,
+        default=0.9,
+        metavar="SHARE",
+        help="of each GPU's memory (default: 0.9)",
+    )
+    group.add_argument(
+        "--cost",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,...",
+        help="constants of the cost model, such as host_ns=500000",
+    )
 
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """The engine's limits, and what the report measures goodput by."""
     group = parser.add_argument_group("engine")
-    group.add_argument("--max-num-seqs", type=whole(1), default=256, metavar="N", help="sequences at once (default: 256)")
-    group.add_argument("--block-size", type=whole(1), default=16, metavar="N", help="tokens in a cache block (default: 16)")
-    group.add_argument("--max-model-len", type=whole(2), metavar="N", help="prompt and output tokens; default: the model's")
-    group.add_argument("--num-blocks", type=whole(1), metavar="N", help="cache blocks; default: what the memory holds")
-    group.add_argument("--max-in-flight", type=whole(0), default=0, metavar="N", help="micro-batches on the road; default: one a stage")
     group.add_argument(
-        "--prefix-caching", "--enable-prefix-caching", action=argparse.BooleanOptionalAction, default=True, help="on by default"
+        "--max-num-seqs", type=whole(1), default=256, metavar="N", help="sequences at once (default: 256)"
+    )
+    group.add_argument(
+        "--block-size", type=whole(1), default=16, metavar="N", help="tokens in a cache block (default: 16)"
+    )
+    group.add_argument(
+        "--max-model-len", type=whole(2), metavar="N", help="prompt and output tokens; default: the model's"
+    )
+    group.add_argument("--num-blocks", type=whole(1), metavar="N", help="cache blocks; default: what the memory holds")
+    group.add_argument(
+        "--max-in-flight", type=whole(0), default=0, metavar="N", help="micro-batches on the road; default: one a stage"
+    )
+    group.add_argument(
+        "--prefix-caching",
+        "--enable-prefix-caching",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on by default",
     )
     group.add_argument("--slo-ttft", type=positive, metavar="S", help="objective for the time to the first token")
     group.add_argument("--slo-tpot", type=positive, metavar="S", help="objective for the time per output token")
@@ -171,7 +209,7 @@ def cost_constants(texts: list[str]) -> RooflineConstants:
 
 
 def _constant(field: Field[float], text: str) -> float:
-    kind: type[float] = type(field.default)  # type: ignore[arg-type]
+    kind = int if isinstance(field.default, int) else float
     try:
         value = kind(text)
     except ValueError:

@@ -48,7 +48,9 @@ def _check(out: Path, own: frozenset[str]) -> None:
         raise ValueError(f"--out {out}: is a file; name a folder")
     foreign = next(_foreign(out, own), None) if out.is_dir() else None
     if foreign is not None:
-        raise ValueError(f"--out {out}: holds {foreign}, which this command did not write; name a new or an empty folder")
+        raise ValueError(
+            f"--out {out}: holds {foreign}, which this command did not write; name a new or an empty folder"
+        )
 
 
 def _foreign(out: Path, own: frozenset[str]) -> Iterator[Path]:

@@ -67,6 +67,7 @@ class RecurrencePipeline:
     def __init__(self, env: simpy.Environment, num_stages: int, memory: int) -> None:
         self._env = env
         self._ends = [0] * num_stages
+        self._memory = memory
         self._exits: deque[int] = deque(maxlen=memory)
         self._count = 0
 
@@ -74,10 +75,9 @@ class RecurrencePipeline:
         self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int, done: Done
     ) -> None:
         """Enter the next micro-batch."""
-        exits = self._exits
         time = ready_ns
-        if after >= 0 and after >= self._count - len(exits):
-            time = max(time, exits[after - self._count] + transfer_ns)
+        if after >= 0 and after >= self._count - len(self._exits):
+            time = max(time, self._exits[after - self._count] + transfer_ns)
         ends = []
         for cost, end in zip(costs_ns, self._ends, strict=True):
             if end > time:  # noqa: PLR1730 - the hottest loop of all: a call of max() costs more than the rest
@@ -85,11 +85,11 @@ class RecurrencePipeline:
             time += cost
             ends.append(time)
             time += transfer_ns
-        time -= transfer_ns
         self._ends = ends
-        self._count += 1
-        exits.append(time)
-        Instant(self._env, time + return_ns, RESULT, done, ends)
+        if self._memory:
+            self._count += 1
+            self._exits.append(time - transfer_ns)
+        Instant(self._env, time - transfer_ns + return_ns, RESULT, done, ends)
 
 
 class ProcessPipeline:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
+from gllm.sim.terminal import warn
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -47,7 +49,7 @@ def _lines(total: int, count: Callable[[], int], what: str) -> Iterator[None]:
 
     def tell() -> None:
         while not over.wait(_REPORT_S):
-            print(f"gllm: {count():,} of {total:,} {what} done", file=sys.stderr, flush=True)  # noqa: T201
+            warn(f"{count():,} of {total:,} {what} done")
 
     thread = Thread(target=tell, daemon=True)
     thread.start()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +10,7 @@ from gllm.sim.options import sim_config
 from gllm.sim.output import RUN_FILES, staged
 from gllm.sim.progress import show_progress
 from gllm.sim.run import simulate
+from gllm.sim.terminal import say, say_json, say_table, warn
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -49,7 +48,7 @@ def tell(args: Namespace, notes: Iterable[str]) -> None:
     """Notes to standard error, unless --quiet."""
     for note in notes:
         if not args.quiet:
-            print(f"gllm: note: {note}", file=sys.stderr)
+            warn(f"note: {note}")
 
 
 def setup_notes(setup: Setup) -> Iterator[str]:
@@ -100,17 +99,14 @@ def config_trace(config: SimConfig) -> TraceOptions:
 
 def _print(args: Namespace, summary: Summary) -> None:
     if args.json:
-        json.dump(summary, sys.stdout, indent=2, allow_nan=False)
-        print()
+        say_json(summary)
         return
-    from rich.console import Console  # noqa: PLC0415
-
     from gllm.report.table import run_table  # noqa: PLC0415
 
     config = summary["config"]
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(run_table(summary, title=f"{config['trace']['name']}: {config['model']} on {config['gpus']}, {config['policy']}"))
+    title = f"{config['trace']['name']}: {config['model']} on {config['gpus']}, {config['policy']}"
+    say_table(run_table(summary, title=title))
     digest = summary["decision_sha256"]
-    print(f"decisions SHA-256 {digest}" if digest else "decisions SHA-256 not taken (--no-iterations)")
+    say(f"decisions SHA-256 {digest}" if digest else "decisions SHA-256 not taken (--no-iterations)")
     if args.out is not None:
-        print(f"report {Path(args.out) / 'report.html'}")
+        say(f"report {Path(args.out) / 'report.html'}")

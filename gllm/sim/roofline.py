@@ -228,9 +228,9 @@ class Roofline:
         largest = self._constants.max_graph_size
         return min(graph_size(num_decode), largest) if num_decode <= largest else num_decode
 
-    def _floor_ns(self, kind: Stage) -> float:
+    def _floor_ns(self, kind: Stage) -> int:
         """The time the host needs to launch a stage's layers one kernel at a time."""
-        return float(self._rank.num_kernels(kind) * self._constants.launch_ns)
+        return self._rank.num_kernels(kind) * self._constants.launch_ns
 
     def _token_parts(self, num_tokens: int, kind: Stage) -> tuple[float, float, float]:
         """Nanoseconds of `gemm`, `all_reduce` and `other` in a stage of that kind, whatever the contexts."""
@@ -243,14 +243,14 @@ class Roofline:
             rank.element_ns * num_tokens * kind.num_layers + gaps_ns + embedding_ns,
         )
 
-    def _eager(self, num_tokens: int) -> list[tuple[float, int, float]]:
+    def _eager(self, num_tokens: int) -> list[tuple[float, int, int]]:
         """For each kind of stage: time beside attention, layers, and the least time of all."""
         return [(fsum(self._token_parts(num_tokens, k)), k.num_layers, self._floor_ns(k)) for k in self._kinds]
 
-    def _decode(self, num_decode: int) -> list[tuple[float, int, float]]:
+    def _decode(self, num_decode: int) -> list[tuple[float, int, int]]:
         rows = self._eager(self._padded(num_decode))
         in_graph = num_decode <= self._constants.max_graph_size
-        return [(fixed_ns, layers, 0.0) for fixed_ns, layers, _ in rows] if in_graph else rows
+        return [(fixed_ns, layers, 0) for fixed_ns, layers, _ in rows] if in_graph else rows
 
     def _prefill_attention_ns(self, work: Work) -> float:
         compute_ns = work.prefill_pairs * self._pair_ns
@@ -269,9 +269,7 @@ class Roofline:
         times = []
         for fixed_ns, layers, floor_ns in rows:
             time_ns = fixed_ns + attention_ns * layers
-            if time_ns < floor_ns:  # noqa: PLR1730 - max() is slower
-                time_ns = floor_ns
-            times.append(int(time_ns))
+            times.append(int(time_ns) if time_ns > floor_ns else floor_ns)
         times[-1] += self._head_ns(work.num_sampled)
         return times if self._spread is None else self._spread(times)
 

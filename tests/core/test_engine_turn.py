@@ -104,9 +104,9 @@ def test_a_request_submitted_twice_is_refused():
 
 
 def test_an_id_that_ended_can_be_used_again():
-    engine = Shell("sarathi", limits())
-    engine.turn((request(0), 1), aborts=[0])
-    assert engine.engine.turn(requests=[request(0)], now=2).events == []
+    shell = Shell("sarathi", limits())
+    shell.turn((request(0), 1), aborts=[0])
+    assert shell.engine.turn(requests=[request(0)], now=2).events == [Scheduled(0, 0)]
 
 
 @pytest.mark.parametrize("plan", [1, 7, -1])

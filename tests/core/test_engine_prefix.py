@@ -1,0 +1,157 @@
+"""Prefix reuse: how many tokens are found, when, and when not."""
+
+import pytest
+from core.driving import Shell, limits, play, request
+from core.scripted import Script, prefill, preempt
+from gllm.core import Scheduled
+
+HASHES = (1, 2, 3, 4)
+
+
+def cached(events, key):
+    return next(event.num_cached_tokens for event in events if type(event) is Scheduled and event.id == key)
+
+
+def second_request(shell, prompt=16, hashes=HASHES, **options):
+    """How many tokens the second of two equal prompts finds, and the plans it takes."""
+    play(shell, [(request(0, prompt=16, block_hashes=HASHES), 1)])
+    events, plans = play(shell, [(request(1, prompt=prompt, block_hashes=hashes, **options), 1)])
+    return cached(events, 1), [plan["chunks"] for plan in plans]
+
+
+def test_a_known_prefix_is_not_computed_again():
+    found, plans = second_request(Shell("sarathi", limits()), prompt=20, hashes=(*HASHES, 5))
+    assert (found, plans) == (16, [[(1, 16, 4, True)]])
+
+
+def test_one_token_at_least_is_left_to_compute():
+    found, plans = second_request(Shell("sarathi", limits()))
+    assert (found, plans) == (12, [[(1, 12, 4, True)]])
+
+
+def test_only_the_common_prefix_counts():
+    found, _ = second_request(Shell("sarathi", limits()), hashes=(1, 2, 8, 4))
+    assert found == 8
+
+
+def test_no_hit_without_hashes():
+    found, _ = second_request(Shell("sarathi", limits()), hashes=())
+    assert found == 0
+
+
+def test_no_hit_when_switched_off():
+    found, _ = second_request(Shell("sarathi", limits(prefix_caching=False)))
+    assert found == 0
+
+
+def test_no_hit_on_what_was_evicted():
+    shell = Shell("sarathi", limits(num_blocks=5))
+    play(shell, [(request(0, prompt=16, block_hashes=HASHES), 1)])
+    play(shell, [(request(1, prompt=18), 1)])
+    events, _ = play(shell, [(request(2, prompt=16, block_hashes=HASHES), 1)])
+    assert cached(events, 2) == 0
+
+
+def test_the_head_of_a_prefix_outlives_its_tail():
+    shell = Shell("sarathi", limits(num_blocks=5))
+    play(shell, [(request(0, prompt=16, block_hashes=HASHES), 1)])
+    play(shell, [(request(1, prompt=9), 1)])
+    events, _ = play(shell, [(request(2, prompt=16, block_hashes=HASHES), 1)])
+    assert cached(events, 2) == 8
+
+
+def test_equal_prompts_of_one_batch_do_not_share_and_lose_nothing():
+    shell = Shell("sarathi", limits())
+    events, _ = play(shell, [(request(key, prompt=16, block_hashes=HASHES), 3) for key in range(2)])
+    assert (cached(events, 0), cached(events, 1)) == (0, 0)
+
+
+def test_a_prefix_on_the_road_is_shared_by_the_next_batch():
+    shell = Shell("sarathi:token_budget=16", limits(depth=2))
+    turn = shell.turn(*((request(key, prompt=16, block_hashes=HASHES), 3) for key in range(2)))
+    assert cached(turn.events, 1) == 12
+    shell.drain()
+
+
+def test_only_full_blocks_of_a_chunk_are_shared():
+    shell = Shell(Script().then(prefill((0, 10)), prefill((1, 8))), limits(depth=2))
+    turn = shell.turn(*((request(key, prompt=16, block_hashes=HASHES), 3) for key in range(2)))
+    assert cached(turn.events, 1) == 8
+
+
+def test_a_shared_block_costs_nothing():
+    shell = Shell(Script().then(prefill((0, 16)), prefill((1, 4))), limits(depth=2))
+    turn = shell.turn(*((request(key, prompt=16, block_hashes=HASHES), 3) for key in range(2)))
+    assert [plan.num_free_blocks for plan in turn.plans] == [60, 59]
+
+
+def test_outputs_can_be_reused_once_the_shell_names_them():
+    shell = Shell("sarathi", limits())
+    shell.turn((request(0, prompt=8, block_hashes=HASHES[:2]), 9))
+    while shell.flight:
+        shell.turn(num_results=1, hashes={0: HASHES})
+    events, _ = play(shell, [(request(1, prompt=17, block_hashes=HASHES), 1)])
+    assert cached(events, 1) == 16
+
+
+def test_the_last_output_token_was_never_computed():
+    shell = Shell("sarathi", limits())
+    shell.turn((request(0, prompt=8, block_hashes=HASHES[:2]), 8))
+    while shell.flight:
+        shell.turn(num_results=1, hashes={0: HASHES})
+    events, _ = play(shell, [(request(1, prompt=17, block_hashes=HASHES), 1)])
+    assert cached(events, 1) == 12
+
+
+@pytest.mark.parametrize("prefix_caching", [True, False])
+def test_named_outputs_of_a_request_without_hashes(prefix_caching):
+    shell = Shell("sarathi", limits(prefix_caching=prefix_caching))
+    shell.turn((request(0, prompt=8), 9))
+    while shell.flight:
+        shell.turn(num_results=1, hashes={0: HASHES})
+    events, _ = play(shell, [(request(1, prompt=17, block_hashes=HASHES), 1)])
+    assert cached(events, 1) == 16 * prefix_caching
+
+
+def test_what_failed_is_not_reused():
+    shell = Shell("sarathi", limits())
+    shell.turn((request(0, prompt=16, block_hashes=HASHES), 9))
+    shell.turn(num_results=1, failing=[0])
+    events, _ = play(shell, [(request(1, prompt=16, block_hashes=HASHES), 1)])
+    assert cached(events, 1) == 0
+
+
+def test_what_was_aborted_can_be_reused():
+    shell = Shell("sarathi", limits())
+    shell.turn((request(0, prompt=16, block_hashes=HASHES), 9))
+    shell.turn(aborts=[0], num_results=1)
+    events, _ = play(shell, [(request(1, prompt=16, block_hashes=HASHES), 1)])
+    assert cached(events, 1) == 12
+
+
+def test_a_preempted_sequence_finds_its_own_prefix():
+    script = Script().then(prefill((0, 16)), preempt(0), prefill((0, 1)))
+    shell = Shell(script, limits())
+    shell.turn((request(0, prompt=16, block_hashes=HASHES), 9))
+    (chunk,) = shell.turn(num_results=1).plans[0].chunks
+    assert (chunk.start, chunk.num_tokens) == (16, 1)
+
+
+def test_a_look_into_the_cache_is_up_to_date():
+    shell = Shell(Script(), limits())
+    shell.turn((request(0, prompt=16, block_hashes=HASHES), 9), (request(1, prompt=16, block_hashes=HASHES), 9))
+    view = shell.engine.view
+    looker = list(view.waiting)[1]
+    assert (view.cached_tokens(looker), view.chunk_blocks(looker, 16)) == (0, 4)
+    shell.engine.policy.then(prefill((0, 8)))
+    shell.turn()
+    assert (view.cached_tokens(looker), view.chunk_blocks(looker, 8)) == (8, 2)
+
+
+def test_taking_an_evictable_block_uses_up_free_room():
+    shell = Shell(Script().then(prefill((0, 16))), limits())
+    shell.turn((request(0, prompt=16, block_hashes=HASHES), 1))
+    shell.turn((request(1, prompt=16, block_hashes=HASHES), 1), num_results=1)
+    view = shell.engine.view
+    (waiting,) = view.waiting
+    assert (view.num_free_blocks, view.cached_tokens(waiting), view.chunk_blocks(waiting, 4)) == (64, 12, 4)
