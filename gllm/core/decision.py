@@ -85,6 +85,10 @@ class View(Protocol):
         """Admitted sequences, prefilling or decoding."""
 
     @property
+    def num_prefilling(self) -> int:
+        """Admitted sequences with prompt left to plan."""
+
+    @property
     def num_decoding(self) -> int:
         """#RD: sequences in their decode phase, ready or on the road; prefills on the road not counted."""
 

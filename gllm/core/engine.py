@@ -130,7 +130,10 @@ class Engine:
         if room < 1:
             cause = "the model's length" if longest == self.limits.max_model_len else "the whole KV cache"
             self._events.append(
-                Rejected(request.id, f"prompt of {request.num_prompt_tokens} tokens and one to answer exceed {cause}, {longest}")
+                Rejected(
+                    request.id,
+                    f"prompt of {request.num_prompt_tokens} tokens and one to answer exceed {cause}, {longest}",
+                )
             )
             return
         limit = request.num_prompt_tokens + min(room, request.max_tokens or room)
@@ -268,6 +271,7 @@ class Engine:
         state.num_running -= 1
         if phase is PREFILLING:
             del state.prefilling_by_id[sequence.id]
+            state.num_prefilling -= 1
             state.num_waiting_tokens -= sequence.num_uncomputed_tokens
         elif phase is DECODING:
             state.num_decoding -= 1
@@ -311,6 +315,7 @@ class Engine:
         state.pool.check_invariants([sequence.blocks for sequence in [*running, *late]])
         waiting = list(state.queue)
         assert (len(waiting), len(running)) == (state.num_waiting, state.num_running)
+        assert len(state.prefilling_by_id) == state.num_prefilling
         assert len(waiting) + len(running) == len(state.sequences), "a sequence was lost"
         assert all(sequence.phase is WAITING and not sequence.blocks for sequence in waiting)
         assert state.num_decoding == sum(sequence.phase is DECODING for sequence in running)

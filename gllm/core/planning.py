@@ -155,6 +155,7 @@ def _admit(state: State, sequence: Sequence, events: list[Event]) -> None:
     state.running_by_id[sequence.id] = sequence
     state.num_waiting -= 1
     state.num_running += 1
+    state.num_prefilling += 1
     state.num_reserved_blocks += state.limit_blocks(sequence)
     if not sequence.admitted:
         sequence.admitted = True
@@ -176,6 +177,7 @@ def _publish(pool: BlockPool, sequence: Sequence) -> None:
 
 def _complete_prompt(state: State, plan: Plan, sequence: Sequence) -> None:
     del state.prefilling_by_id[sequence.id]
+    state.num_prefilling -= 1
     sequence.phase = PREFILLED
     sequence.settle(sequence.target + 1)
     if sequence.target + 1 == sequence.limit:

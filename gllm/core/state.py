@@ -30,6 +30,7 @@ class State:
         "now_ns",
         "num_decoding",
         "num_plans",
+        "num_prefilling",
         "num_reserved_blocks",
         "num_running",
         "num_waiting",
@@ -56,6 +57,7 @@ class State:
         self.num_waiting = 0  # sequences that hold no cache
         self.num_waiting_tokens = 0
         self.num_running = 0  # admitted sequences
+        self.num_prefilling = 0  # of the admitted: prompt left to plan
         self.num_decoding = 0
         self.num_reserved_blocks = 0
 

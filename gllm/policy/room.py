@@ -19,9 +19,10 @@ def fill(view: View, order: Order, budget: int, *, num_decode: int = 0, watermar
     need and `num_decode` steps of this batch, so that prompts cannot starve each other. `watermark`
     is the share of the cache that admission leaves free while others run.
     """
-    if budget <= 0:
-        return []
     chunks: Chunks = []
+    slots = view.limits.max_num_seqs - view.num_running
+    if budget <= 0 or not (view.num_prefilling or (slots and view.num_waiting)):
+        return chunks
     free = view.num_free_blocks - num_decode  # a decode step takes one block at most
     for sequence in view.prefilling:
         rest = sequence.num_uncomputed_tokens
@@ -30,7 +31,6 @@ def fill(view: View, order: Order, budget: int, *, num_decode: int = 0, watermar
             chunks.append((sequence, rest if rest < budget else budget))
             budget -= rest
         free -= blocks
-    slots = view.limits.max_num_seqs - view.num_running
     if budget <= 0 or slots <= 0 or not view.num_waiting:
         return chunks
     if view.num_running:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
 
 
-def _convert(key: str, text: str, default: object, orders: Mapping[str, Order]) -> Any:  # noqa: ANN401 - a field's value
+def _convert(key: str, text: str, default: Any, orders: Mapping[str, Order]) -> Any:  # noqa: ANN401 - a field's value
     try:
         if key == "order":
             return orders[text]

@@ -20,6 +20,8 @@ import os
 import zlib
 from typing import TYPE_CHECKING, Any, Self
 
+from gllm.core import Snapshot
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
@@ -31,17 +33,18 @@ LOG_NAME = "iterations.jsonl.gz"
 _LEVEL = 1  # of compression: level 6 takes three times as long for a quarter less
 _MANY = 512  # lines that are compressed at once
 
+_SAW = ',"saw":{' + ",".join(f'"{name}":%d' for name in Snapshot._fields) + "}"
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, check_circular=False).encode
 
 
 def decision_line(plan: Plan) -> str:
     """The decision behind a plan as canonical JSON. To be taken in the turn that made it: plans go on."""
-    prefill = _encode([(chunk.sequence.id, chunk.start, chunk.num_tokens) for chunk in plan.chunks])
-    joined = _encode([entry.sequence.id for entry in plan.joined])
-    grown = _encode([(sequence.id, block) for sequence, block in plan.grown])
+    prefill = ",".join([f"[{chunk.sequence.id},{chunk.start},{chunk.num_tokens}]" for chunk in plan.chunks])
+    joined = _numbers([entry.sequence.id for entry in plan.joined])
+    grown = ",".join([f"[{sequence.id},{block}]" for sequence, block in plan.grown])
     return (
-        f'{{"plan":{plan.id},"prefill":{prefill},"decode":{plan.num_decode_tokens},"joined":{joined},'
-        f'"grown":{grown},"preempted":{_encode(list(plan.preempted))},"free":{plan.num_free_blocks}}}'
+        f'{{"plan":{plan.id},"prefill":[{prefill}],"decode":{plan.num_decode_tokens},"joined":[{joined}],'
+        f'"grown":[{grown}],"preempted":[{_numbers(plan.preempted)}],"free":{plan.num_free_blocks}}}'
     )
 
 
@@ -57,7 +60,6 @@ class DecisionLog:
         self._hash = hashlib.sha256()
         self._lines: list[str] = []
         self._file: gzip.GzipFile | None = None
-        self.num_decisions = 0
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -81,18 +83,17 @@ class DecisionLog:
         """Note one turn, right after it was taken."""
         decisions = [decision_line(plan) for plan in turn.plans]
         for decision in decisions:
-            self._hash.update(decision.encode())
-            self._hash.update(b"\n")
-        self.num_decisions += len(decisions)
+            self._hash.update(f"{decision}\n".encode())
         if self._file is None:
             return
+        wait, events = turn.wait, turn.events
+        done = ",".join([_result(result) for result in results])
         plans = ",".join(map(_with_view, decisions, turn.plans))
-        until = "" if turn.wait.until_ns is None else f',"until":{turn.wait.until_ns}'
+        until = "" if wait.until_ns is None else f',"until":{wait.until_ns}'
         self._lines.append(
-            f'{{"t":{now},"done":{_encode([_result(result) for result in results])},'
-            f'"arrived":{_encode([request.id for request in requests])},"aborted":{_encode(list(aborts))},'
-            f'"plans":[{plans}],"events":{_encode([_event(event) for event in turn.events])},'
-            f'"wait":{_encode(turn.wait.reason)}{until}}}\n'
+            f'{{"t":{now},"done":[{done}],"arrived":[{_numbers([request.id for request in requests])}],'
+            f'"aborted":[{_numbers(aborts)}],"plans":[{plans}],"events":{_events(events) if events else "[]"},'
+            f'"wait":"{wait.reason}"{until}}}\n'
         )
         if len(self._lines) == _MANY:
             self._flush()
@@ -180,13 +181,17 @@ def _turn(line: str) -> dict[str, Any]:
 
 
 def _with_view(decision: str, plan: Plan) -> str:
-    saw = plan.saw
-    return decision if saw is None else f'{decision[:-1]},"saw":{_encode(saw._asdict())}}}'
+    return decision if plan.saw is None else f"{decision[:-1]}{_SAW % plan.saw}}}"
 
 
-def _result(result: StepResult) -> tuple[int, list[tuple[int, str]]]:
-    return result.plan, [(entry.id, entry.reason) for entry in result.stopped]
+def _numbers(numbers: Iterable[int]) -> str:
+    return ",".join(map(str, numbers))
 
 
-def _event(event: Event) -> tuple[object, ...]:
-    return (type(event).__name__, *event)
+def _result(result: StepResult) -> str:
+    stopped = result.stopped and ",".join([f"[{entry.id},{_encode(entry.reason)}]" for entry in result.stopped])
+    return f"[{result.plan},[{stopped or ''}]]"
+
+
+def _events(events: Iterable[Event]) -> str:
+    return _encode([(type(event).__name__, *event) for event in events])

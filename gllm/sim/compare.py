@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-from contextlib import ExitStack, nullcontext
+import signal
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
@@ -25,7 +25,7 @@ from gllm.trace.shape import faster
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
@@ -100,9 +100,10 @@ def run_all(jobs: Sequence[Job], num_processes: int, ended: list[str] | None = N
     try:
         while waiting or running:
             while waiting and len(running) < num_processes:
-                job = waiting.pop()
-                connection, process = _start(job)
-                running[connection] = job.name, process
+                with _uninterrupted():
+                    job = waiting.pop()
+                    connection, process = _start(job)
+                    running[connection] = job.name, process
             ready = set(wait(running))
             for connection in [connection for connection in running if connection in ready]:
                 name, process = running.pop(connection)
@@ -112,6 +113,7 @@ def run_all(jobs: Sequence[Job], num_processes: int, ended: list[str] | None = N
     finally:
         for _, process in running.values():
             process.kill()
+            process.join()
     return {job.name: outcomes[job.name] for job in jobs}
 
 
@@ -124,12 +126,25 @@ def _start(job: Job) -> tuple[Connection, BaseProcess]:
     return ours, process
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Put Ctrl-C off until the end of the block; processes started in it never see one."""
+    pending: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: pending.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a child inherits
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+    if pending:
+        raise KeyboardInterrupt
+
+
 def _child(connection: Connection, job: Job) -> None:
     """A run's process: sends the summary, or what went wrong."""
     try:
         connection.send(run_job(job))
-    except KeyboardInterrupt:
-        sys.exit(1)
     except Exception as error:  # noqa: BLE001 - one failing run must not stop the others
         known = isinstance(error, ValueError | OSError) or type(error).__name__ in {"PlanError", "StallError"}
         text = " ".join(str(error).split())
@@ -169,10 +184,13 @@ def _read(args: Namespace, options: TraceOptions) -> Trace:
         if args.rates is None or options.arrivals is not None or options.source == "-":
             raise
         try:
-            return read_trace(args, replace(options, arrivals="poisson:1"))
+            trace = replace(options, arrivals="poisson:1").load()
         except TraceError:
-            pass  # then it was not for want of arrival times
-        raise
+            trace = None
+        if trace is None:  # then it was not for want of arrival times
+            raise
+    tell(args, [f"{trace.name}: has no arrival times; Poisson arrivals are drawn for each rate"])
+    return trace
 
 
 def _rates(wanted: list[float] | None, trace: Trace) -> list[tuple[float | None, float]]:
@@ -206,8 +224,7 @@ def _jobs(
 def _compared(args: Namespace, jobs: Sequence[Job], folder: Path | None) -> int:
     num_processes = min(len(jobs), args.jobs or os.cpu_count() or 1)
     ended: list[str] = []
-    with ExitStack() as stack:
-        stack.enter_context(nullcontext() if args.quiet else show_progress(len(jobs), lambda: len(ended), what="runs"))
+    with nullcontext() if args.quiet else show_progress(len(jobs), lambda: len(ended), what="runs"):
         outcomes = run_all(jobs, num_processes, ended)
     runs = [outcome for outcome in outcomes.values() if not isinstance(outcome, str)]
     for name, outcome in outcomes.items():

@@ -53,7 +53,7 @@ class SimConfig:
 
     model: str = "qwen3-32b"  # a known name, a folder with a config.json, or such a file
     gpu: str = "h200"
-    parallel: Parallel = Parallel()  # noqa: RUF009 - frozen
+    parallel: Parallel = Parallel()
     policy: str = "throttle"  # NAME[:key=value,...]
     max_num_seqs: int = 256
     block_size: int = 16
@@ -62,7 +62,7 @@ class SimConfig:
     max_in_flight: int = 0  # 0: the pipeline's depth
     gpu_memory_utilization: float = 0.9
     prefix_caching: bool = True
-    constants: RooflineConstants = RooflineConstants()  # noqa: RUF009
+    constants: RooflineConstants = RooflineConstants()
     slo_ttft_s: float | None = None
     slo_tpot_s: float | None = None
     trace: TraceOptions | None = None

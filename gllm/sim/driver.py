@@ -33,7 +33,7 @@ class Arrival(NamedTuple):
     num_output_tokens: int
 
 
-Flight = tuple["Plan", "Sequence[int]", "list[Stopped]", int, tuple[int, int]]
+Flight = tuple["Plan", "Iterable[int]", "list[Stopped]", int, tuple[int, int]]
 """A batch on the road: plan, cost of each stage, who stops with it, when it was planned, (waiting, running) then."""
 
 
@@ -85,7 +85,7 @@ class Simulation:
                 self._pending.append(arrival.request)
             # With a full pipeline nothing can be planned: the next result's turn takes them in.
             if len(self._flights) < self.engine.limits.max_in_flight:
-                Instant(env, env.now, WAKE, self._wake)
+                Instant(env, time, WAKE, self._wake)
 
     def _wake(self, instant: Instant) -> None:
         if self._pending or not self._flights:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from gllm.sim.roofline import RooflineConstants
 
 
+DEFAULT_STAGES = 4
+
+
 def whole(low: int) -> Callable[[str], int]:
     """A parser of whole numbers from `low`."""
 
@@ -37,6 +40,14 @@ def positive(text: str) -> float:
         number = math.nan
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+    return number
+
+
+def share(text: str) -> float:
+    """A number above zero, at most 1."""
+    number = positive(text)
+    if number > 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is more than 1, the whole")
     return number
 
 
@@ -93,7 +104,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--gpu", default="h200", help="see gpus (default: h200)")
     group.add_argument(
-        "--pp", "-pp", "--pipeline-parallel-size", type=whole(1), default=4, metavar="N", help="stages (default: 4)"
+        "--pp",
+        "-pp",
+        "--pipeline-parallel-size",
+        type=whole(1),
+        metavar="N",
+        help="stages (default: 4, or as --pp-layers)",
     )
     group.add_argument(
         "--tp", "-tp", "--tensor-parallel-size", type=whole(1), default=1, metavar="N", help="GPUs a stage (default: 1)"
@@ -106,7 +122,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--gpu-memory-utilization",
-        type=positive,
+        type=share,
         default=0.9,
         metavar="SHARE",
         help="of each GPU's memory (default: 0.9)",
@@ -172,7 +188,9 @@ def sim_config(args: argparse.Namespace, policy: str) -> SimConfig:
     return SimConfig(
         model=args.model,
         gpu=args.gpu,
-        parallel=Parallel(pp=args.pp, tp=args.tp, ep=args.ep, pp_layers=args.pp_layers),
+        parallel=Parallel(
+            pp=args.pp or len(args.pp_layers or ()) or DEFAULT_STAGES, tp=args.tp, ep=args.ep, pp_layers=args.pp_layers
+        ),
         policy=policy,
         max_num_seqs=args.max_num_seqs,
         block_size=args.block_size,

@@ -36,7 +36,7 @@ class Instant(simpy.Event):
         self._ok = True
         self._value = self.note = note
         self.at = at
-        env.schedule(self, priority, at - env.now)
+        env.schedule(self, priority, at - env.now)  # type: ignore[arg-type]  # any int orders; simpy names two
 
 
 Done = Callable[["Instant"], None]
@@ -120,12 +120,12 @@ class ProcessPipeline:
                 arrival = max(arrival, exit_ns + job.transfer_ns)
             yield env.timeout(max(0, arrival - env.now))
             yield env.timeout(job.costs_ns[stage])
-            job.ends.append(env.now)
+            job.ends.append(int(env.now))
             if stage + 1 < len(self._queues):
                 self._queues[stage + 1].put(job)
             else:
-                job.exit.succeed(env.now)
-                Instant(env, env.now + job.return_ns, RESULT, job.done, job.ends)
+                job.exit.succeed(job.ends[-1])
+                Instant(env, job.ends[-1] + job.return_ns, RESULT, job.done, job.ends)
 
 
 class _Job(NamedTuple):

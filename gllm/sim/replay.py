@@ -60,14 +60,14 @@ def setup_notes(setup: Setup) -> Iterator[str]:
 
 def rejections(setup: Setup, summary: Summary) -> Iterator[str]:
     """How many requests were never served, why, and what to do."""
-    limits, rejected = setup.limits, summary["num_rejected"]
+    limits, rejected, total = setup.limits, summary["num_rejected"], summary["num_requests"]
     longest = limits.max_tokens_per_sequence
     if longest == limits.max_model_len:
         cause = "that --max-model-len allows"
     else:
-        cause = "of the whole KV cache; spread the model over more GPUs"
+        cause = "of the whole KV cache; raise --num-blocks, or spread the model over more GPUs"
     if rejected:
-        yield f"{rejected:,} of {summary['num_requests']:,} requests rejected: longer than the {longest:,} tokens {cause}"
+        yield f"{rejected:,} of {total:,} requests rejected: prompts too long for the {longest:,} tokens {cause}"
 
 
 def _summary(args: Namespace, config: SimConfig) -> Summary:

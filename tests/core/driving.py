@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from unittest.mock import patch
 
 from core.lives import Ledger, summary
+
 from gllm.core import DecodeGroup, Engine, Limits, Request, StepResult, Stopped
 from gllm.policy import ORDERS, POLICIES, parse_policy
 
@@ -23,7 +24,9 @@ VARIANTS = {
     "prefill_first": ["token_budget=1", "token_budget=20,watermark=0.3"],
 }
 POLICY_SPECS = [f"{name}:{options}" for name in POLICIES for options in ["", *VARIANTS.get(name, [])]]
-ORDERED_SPECS = [f"{spec.removesuffix(':')}{',' if '=' in spec else ':'}order={order}" for spec in POLICY_SPECS for order in ORDERS]
+ORDERED_SPECS = [
+    f"{spec.removesuffix(':')}{',' if '=' in spec else ':'}order={order}" for spec in POLICY_SPECS for order in ORDERS
+]
 
 
 def limits(**changes):

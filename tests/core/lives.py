@@ -141,7 +141,9 @@ class Ledger:
         lives = {key: self.alive[key] for key in members}
         assert plan.decode_context == sum(life.num_tokens for life in lives.values())
         size = self.limits.block_size
-        assert sorted(s.id for s, _ in plan.grown) == sorted(k for k, x in lives.items() if x.num_tokens % size == 1 % size)
+        assert sorted(s.id for s, _ in plan.grown) == sorted(
+            k for k, x in lives.items() if x.num_tokens % size == 1 % size
+        )
         for key, life in lives.items():
             if key in joined:
                 assert joined[key][1:] == (life.token_plan, life.planned)
@@ -190,7 +192,12 @@ class Ledger:
 
 def summary(turn, members):
     """A turn in plain values, to compare with another's."""
-    return {"plans": [_plain(plan, members) for plan in turn.plans], "events": list(turn.events), "wait": turn.wait}
+    return {
+        "plans": [_plain(plan, members) for plan in turn.plans],
+        "events": list(turn.events),
+        "kinds": [type(event) for event in turn.events],  # `Preempted(1) == FirstToken(1)`: both are tuples
+        "wait": turn.wait,
+    }
 
 
 def _plain(plan, members):

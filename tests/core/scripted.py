@@ -30,7 +30,7 @@ class Script:
         self.num_asked += 1
         return self.steps.popleft()(view) if self.steps else Wait(WaitReason.HELD, until_ns=FAR)
 
-    def max_batch_tokens(self, limits):
+    def max_batch_tokens(self, _):
         return self.max_tokens
 
 
@@ -44,7 +44,7 @@ def prefill(*chunks, decode=0):
 
 
 def decode(count):
-    return lambda view: Batch(num_decode=count)
+    return lambda _: Batch(num_decode=count)
 
 
 def decode_named(*keys):

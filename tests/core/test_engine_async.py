@@ -2,6 +2,7 @@
 
 import pytest
 from core.driving import Shell, limits, play, request
+
 from gllm.core import Finished
 
 AHEAD = {"max_in_flight": 2}  # of a pipeline of one stage

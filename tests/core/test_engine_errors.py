@@ -3,6 +3,7 @@
 import pytest
 from core.driving import limits, request
 from core.scripted import Script, describe, find
+
 from gllm.core import Batch, Engine, PlanError, Preempt, StepResult
 
 
@@ -33,9 +34,9 @@ class Scene:
 
 
 WAYS = {
-    "more decodes than are ready": (lambda s: Batch(num_decode=3), "3 decode steps asked for, 2 sequences are ready"),
-    "less than no decodes": (lambda s: Batch(num_decode=-1), "-1 decode steps"),
-    "nothing": (lambda s: Batch(), "an empty batch"),
+    "more decodes than are ready": (lambda _: Batch(num_decode=3), "3 decode steps asked for, 2 sequences are ready"),
+    "less than no decodes": (lambda _: Batch(num_decode=-1), "-1 decode steps"),
+    "nothing": (lambda _: Batch(), "an empty batch"),
     "named and counted": (lambda s: Batch(num_decode=1, decode=[s[0]]), "counts decode steps or names them, not both"),
     "a decode of who waits": (lambda s: Batch(decode=[s[4]]), r"Sequence\(4, waiting, 4 tokens\) is not ready"),
     "a decode of a half-done prompt": (lambda s: Batch(decode=[s[2]]), "is not ready"),
@@ -51,11 +52,14 @@ WAYS = {
     "two chunks of one prompt": (lambda s: Batch([(s[2], 1), (s[2], 1)]), "a sequence is named twice"),
     "one good chunk and a bad one": (lambda s: Batch([(s[4], 4), (s[5], 9)]), "9 tokens asked for"),
     "too many admissions": (lambda s: Batch([(s[4], 4), (s[5], 4)]), "2 more sequences would exceed max_num_seqs=5"),
-    "more tokens than promised": (lambda s: Batch([(s[6], 21)]), "21 tokens in one batch, the policy promised at most 20"),
+    "more tokens than promised": (
+        lambda s: Batch([(s[6], 21)]),
+        "21 tokens in one batch, the policy promised at most 20",
+    ),
     "more prompt than the cache": (lambda s: Batch([(s[6], 20)]), "the batch needs 5 cache blocks, 4 are free"),
     "a prompt beside decodes": (lambda s: Batch([(s[6], 12)], num_decode=2), "needs 5 cache blocks, 4 are free"),
     "a prompt beside named decodes": (lambda s: Batch([(s[6], 12)], decode=[s[1], s[0]]), "needs 5 cache blocks"),
-    "preempting nobody": (lambda s: Preempt([]), "names at least one sequence"),
+    "preempting nobody": (lambda _: Preempt([]), "names at least one sequence"),
     "preempting twice": (lambda s: Preempt([s[0], s[0]]), "and none twice"),
     "preempting who waits": (lambda s: Preempt([s[4]]), "holds no cache to preempt"),
     "preempting who ended": (lambda s: Preempt([s[7]]), "holds no cache to preempt"),

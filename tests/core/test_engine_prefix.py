@@ -2,7 +2,8 @@
 
 import pytest
 from core.driving import Shell, limits, play, request
-from core.scripted import Script, prefill, preempt
+from core.scripted import Script, preempt, prefill
+
 from gllm.core import Scheduled
 
 HASHES = (1, 2, 3, 4)

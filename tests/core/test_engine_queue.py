@@ -1,11 +1,12 @@
 """The waiting queue is always sorted, whoever comes, goes, or comes back."""
 
 from core.driving import limits, request
-from core.scripted import Script, prefill, preempt
-from gllm.core import Engine, StepResult
-from gllm.policy import Priority
+from core.scripted import Script, preempt, prefill
 from hypothesis import given
 from hypothesis import strategies as st
+
+from gllm.core import Engine, StepResult
+from gllm.policy import Priority
 
 
 class ByPriority(Script):

@@ -7,8 +7,9 @@ from core.driving import ORDERED_SPECS, Shell
 from core.traffic import draw_limits, draw_request, run_traffic
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from gllm.core import Scheduled
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+
+from gllm.core import Scheduled
 
 
 @pytest.mark.parametrize("spec", ORDERED_SPECS)
@@ -46,7 +47,8 @@ class EngineMachine(RuleBasedStateMachine):
         first, shell = self.num_requests, self.shell
         self.num_requests += len(seeds)
         drawn = [
-            draw_request(Random(seed), first + index, shell.now, shell.engine.limits) for index, seed in enumerate(seeds)
+            draw_request(Random(seed), first + index, shell.now, shell.engine.limits)
+            for index, seed in enumerate(seeds)
         ]
         shell.turn(*[(asked, length) for asked, length, _ in drawn])
 

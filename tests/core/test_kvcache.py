@@ -1,10 +1,11 @@
 """The block pool against a model so simple that it is right: lists of holders, and one list in order of age."""
 
 import pytest
-from gllm.core import BlockPool
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from gllm.core import BlockPool
 
 TOPICS = 3
 LENGTH = 6
@@ -256,7 +257,7 @@ def test_a_pool_that_does_not_share_publishes_nothing():
     assert pool.match([1, 2], 2) == []
 
 
-def lose_a_block(pool, blocks):
+def lose_a_block(_, blocks):
     return blocks[1:]
 
 
@@ -271,7 +272,7 @@ def free_twice(pool, blocks):
     return []
 
 
-def hold_twice(pool, blocks):
+def hold_twice(_, blocks):
     return [*blocks, blocks[0]]
 
 

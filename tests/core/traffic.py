@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from core.driving import Shell
+
 from gllm.core import Limits, Request
 
 

@@ -1,0 +1,49 @@
+"""The recurrence and one process per stage say the same, to the last event, ties in time included."""
+
+import pytest
+import simpy
+from sim.played import POLICY_SPECS, Events, Played, tied_traffic
+
+from gllm.sim.cost import FixedCost
+from gllm.sim.pipeline import ProcessPipeline, RecurrencePipeline
+
+TINY = {"num_blocks": 60, "block_size": 4, "max_num_seqs": 24}
+
+
+def played(pipeline, **options):
+    log = Events()
+    record = Played(tied_traffic(400), log=log, pipeline=pipeline, **options).run()
+    return log.lines, record
+
+
+@pytest.mark.parametrize("extra", [0, 1, 3])
+@pytest.mark.parametrize("num_stages", [1, 2, 4, 8])
+@pytest.mark.parametrize("policy", POLICY_SPECS)
+def test_equal_event_logs_with_ties(policy, num_stages, extra):
+    cost = FixedCost(num_stages=num_stages, batch_ns=10, hop_ns=10, host_ns=10, return_ns=10)
+    options = {"policy": policy, "cost": cost, "max_in_flight": num_stages + extra, **TINY}
+    lines, record = played(RecurrencePipeline, **options)
+    reference_lines, reference = played(ProcessPipeline, **options)
+    assert lines == reference_lines
+    for column in ("requests", "batches", "stage_start_ns", "stage_end_ns", "done_ns", "gaps", "num_discarded"):
+        assert (getattr(record, column) == getattr(reference, column)).all()
+
+
+@pytest.mark.parametrize("cost_ns", [{"token_ns": 1}, {"hop_ns": 0}, {"host_ns": 0, "return_ns": 0}])
+def test_equal_event_logs_without_a_delay_here_and_there(cost_ns):
+    cost = FixedCost(**{"num_stages": 4, "batch_ns": 10, "hop_ns": 10, "host_ns": 10, "return_ns": 10, **cost_ns})
+    options = {"policy": "throttle", "cost": cost, "max_in_flight": 5, **TINY}
+    assert played(RecurrencePipeline, **options)[0] == played(ProcessPipeline, **options)[0]
+
+
+@pytest.mark.parametrize("pipeline", [RecurrencePipeline, ProcessPipeline])
+def test_by_hand(pipeline):
+    # stage 0: batch 0 0-5, batch 1 5-6; stage 1 after a hop of 1: batch 0 6-8, batch 1 8-11
+    env = simpy.Environment()
+    line = pipeline(env, 2, 4)
+    seen = []
+    line.submit(0, (5, 2), 1, 100, -1, lambda instant: seen.append((instant.at, list(instant.note))))
+    line.submit(0, (1, 3), 1, 100, -1, lambda instant: seen.append((instant.at, list(instant.note))))
+    line.submit(0, (1, 1), 1, 100, 1, lambda instant: seen.append((instant.at, list(instant.note))))
+    env.run()
+    assert seen == [(108, [5, 8]), (111, [6, 11]), (115, [13, 15])]
