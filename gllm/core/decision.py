@@ -46,26 +46,41 @@ class SequenceView(Protocol):
     """A sequence as a policy sees it."""
 
     @property
-    def id(self) -> int: ...
+    def id(self) -> int:
+        """The request's id."""
+
     @property
-    def request(self) -> Request: ...
+    def request(self) -> Request:
+        """What the client asked for."""
+
     @property
-    def phase(self) -> Phase: ...
+    def phase(self) -> Phase:
+        """Waiting, prefilling, prefilled or decoding."""
+
     @property
-    def num_tokens(self) -> int: ...
+    def num_tokens(self) -> int:
+        """Prompt and output tokens, steps on the road included."""
+
     @property
-    def num_output_tokens(self) -> int: ...
+    def num_output_tokens(self) -> int:
+        """Output tokens, steps on the road included."""
+
     @property
-    def num_uncomputed_tokens(self) -> int: ...
+    def num_uncomputed_tokens(self) -> int:
+        """Prompt tokens (outputs to recompute included) that no plan has covered yet."""
 
 
 class View(Protocol):
     """The engine's state, read-only. Numbers are plain; iterables walk live queues, never copies."""
 
     @property
-    def now_ns(self) -> int: ...
+    def now_ns(self) -> int:
+        """The time of this turn."""
+
     @property
-    def limits(self) -> Limits: ...
+    def limits(self) -> Limits:
+        """What the hardware and the model allow."""
+
     @property
     def num_plans(self) -> int:
         """Micro-batches planned so far: a counter to rotate by, where others would draw lots."""
@@ -75,7 +90,9 @@ class View(Protocol):
         """Micro-batches on the road."""
 
     @property
-    def num_waiting(self) -> int: ...
+    def num_waiting(self) -> int:
+        """Sequences that hold no cache."""
+
     @property
     def num_waiting_tokens(self) -> int:
         """#WP: prompt tokens not yet planned, of waiting and of half-prefilled sequences."""
@@ -196,7 +213,8 @@ class Policy(Protocol):
     """A scheduling idea: a pure function from a view to a decision."""
 
     @property
-    def order(self) -> Order: ...
+    def order(self) -> Order:
+        """Who is admitted first."""
 
     def decide(self, view: View) -> Decision:
         """The next thing to do. Called again after each batch and preemption until it says wait."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 from gllm.core.decision import Batch, PlanError, Preempt, StallError, Wait, WaitReason
 from gllm.core.events import Finished, FirstToken, Preempted, Rejected
-from gllm.core.plan import Plan, StepResult, Stopped
+from gllm.core.invariants import check_invariants
 from gllm.core.planning import plan_batch
 from gllm.core.request import DECODING, FINISHED, NEVER, PREFILLED, PREFILLING, WAITING, Sequence
 from gllm.core.rotation import DecodeGroup
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from gllm.core.decision import Limits, Policy, SequenceView, View
     from gllm.core.events import Event
+    from gllm.core.plan import Plan, StepResult, Stopped
     from gllm.core.request import Request
 
 _PIPELINE_FULL = Wait(WaitReason.PIPELINE_FULL)
@@ -287,7 +288,6 @@ class Engine:
         """Recompute later: free the cache, queue again with the outputs as part of the prompt."""
         victims = cast("Iterable[Sequence]", decision.sequences)
         self._check_victims(decision.sequences)
-        state = self._state
         for sequence in victims:
             self._withdraw(sequence)
             self._free(sequence)
@@ -309,27 +309,4 @@ class Engine:
 
     def check_invariants(self) -> None:
         """Walk the whole state; raise AssertionError if anything is lost, leaked or miscounted."""
-        state = self._state
-        late = [sequence for plan in state.in_flight for sequence in plan.late]
-        running = list(state.running_by_id.values())
-        state.pool.check_invariants([sequence.blocks for sequence in [*running, *late]])
-        waiting = list(state.queue)
-        assert (len(waiting), len(running)) == (state.num_waiting, state.num_running)
-        assert len(state.prefilling_by_id) == state.num_prefilling
-        assert len(waiting) + len(running) == len(state.sequences), "a sequence was lost"
-        assert all(sequence.phase is WAITING and not sequence.blocks for sequence in waiting)
-        assert state.num_decoding == sum(sequence.phase is DECODING for sequence in running)
-        assert state.num_waiting_tokens == sum(
-            sequence.num_uncomputed_tokens for sequence in [*waiting, *state.prefilling_by_id.values()]
-        )
-        assert state.num_reserved_blocks == sum(map(state.limit_blocks, [*running, *late]))
-        assert len(running) <= self.limits.max_num_seqs
-        assert len(state.in_flight) <= self.limits.max_in_flight
-        for group in state.rotation:
-            assert group.members and group.ready, "an empty group in the rotation"
-            assert group.context == sum(sequence.num_tokens for sequence in group.members.values())
-        assert state.rotation.num_ready == sum(len(group.members) for group in state.rotation)
-        for sequence in running:
-            covered = sequence.num_computed_tokens if sequence.phase is not DECODING else sequence.num_tokens - 1
-            size = self.limits.block_size
-            assert (len(sequence.blocks) - 1) * size < covered <= len(sequence.blocks) * size, sequence
+        check_invariants(self._state)

@@ -26,32 +26,18 @@ def plan_batch(state: State, batch: Batch, max_tokens: int, events: list[Event])
     Raises:
         PlanError: The batch cannot be committed; nothing was changed.
     """
-    prefill, num_decode, names = batch
+    num_decode = _check_batch(state, batch, max_tokens)
     rotation, pool = state.rotation, state.pool
-    tokens = blocks = 0
-    if names:
-        num_decode = _check_named(batch)
-    elif num_decode < 0 or num_decode > rotation.num_ready:
-        raise PlanError(f"{num_decode} decode steps asked for, {rotation.num_ready} sequences are ready")
-    if prefill:
-        tokens, blocks = _check_chunks(state, prefill)
-    elif not num_decode:
-        raise PlanError("an empty batch; a policy with nothing to plan says Wait")
-    if tokens + num_decode > max_tokens:
-        raise PlanError(f"{tokens + num_decode} tokens in one batch, the policy promised at most {max_tokens}")
-    if blocks + num_decode > pool.num_free:  # each step needs one block at most; count exactly only when it is tight
-        _check_blocks(state, batch, blocks)
-
     plan = Plan(state.num_plans)
     state.num_plans += 1
     state.in_flight.append(plan)
-    chunks: Seq[tuple[Sequence, int]] = prefill  # type: ignore[assignment]  # policies hold our own sequences
+    chunks: Seq[tuple[Sequence, int]] = batch.prefill  # type: ignore[assignment]  # policies hold our own sequences
     if chunks:
         for sequence, _ in chunks:
             if sequence.phase is WAITING:  # before anything is allocated, lest its cached prefix be evicted
                 _admit(state, sequence, events)
-    if names:
-        rotation.bring_forward(cast("Iterable[Sequence]", names))
+    if batch.decode:
+        rotation.bring_forward(cast("Iterable[Sequence]", batch.decode))
     if num_decode:
         rotation.take(num_decode).advance(plan, pool)
     if chunks:
@@ -60,6 +46,27 @@ def plan_batch(state: State, batch: Batch, max_tokens: int, events: list[Event])
     plan.num_sampled = num_decode
     plan.num_free_blocks = pool.num_free
     return plan
+
+
+def _check_batch(state: State, batch: Batch, max_tokens: int) -> int:
+    """Raise `PlanError` unless the batch can be committed whole; return its number of decode steps."""
+    prefill, num_decode, names = batch
+    tokens = blocks = 0
+    if names:
+        num_decode = _check_named(batch)
+    elif num_decode < 0 or num_decode > state.rotation.num_ready:
+        raise PlanError(f"{num_decode} decode steps asked for, {state.rotation.num_ready} sequences are ready")
+    if prefill:
+        tokens, blocks = _check_chunks(state, prefill)
+    elif not num_decode:
+        raise PlanError("an empty batch; a policy with nothing to plan says Wait")
+    if tokens + num_decode > max_tokens:
+        raise PlanError(f"{tokens + num_decode} tokens in one batch, the policy promised at most {max_tokens}")
+    if (
+        blocks + num_decode > state.pool.num_free
+    ):  # each step needs one block at most; count exactly only when it is tight
+        _check_blocks(state, batch, blocks)
+    return num_decode
 
 
 def _check_blocks(state: State, batch: Batch, blocks: int) -> None:

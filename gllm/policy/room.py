@@ -28,7 +28,7 @@ def fill(view: View, order: Order, budget: int, *, num_decode: int = 0, watermar
         rest = sequence.num_uncomputed_tokens
         blocks = view.chunk_blocks(sequence, rest)
         if blocks <= free and budget > 0:
-            chunks.append((sequence, rest if rest < budget else budget))
+            chunks.append((sequence, min(budget, rest)))
             budget -= rest
         free -= blocks
     if budget <= 0 or slots <= 0 or not view.num_waiting:
@@ -40,7 +40,7 @@ def fill(view: View, order: Order, budget: int, *, num_decode: int = 0, watermar
         free -= view.chunk_blocks(sequence, rest)
         if free < 0:
             break  # whoever is first in line is not overtaken
-        chunks.append((sequence, rest if rest < budget else budget))
+        chunks.append((sequence, min(budget, rest)))
         budget -= rest
         slots -= 1
         if budget <= 0 or slots <= 0:

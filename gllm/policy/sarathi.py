@@ -37,6 +37,6 @@ class Sarathi:
             return nothing_to_plan(view, self.order)
         return Batch(chunks, num_decode)
 
-    def max_batch_tokens(self, limits: Limits) -> int:
+    def max_batch_tokens(self, limits: Limits) -> int:  # noqa: ARG002 - whatever the limits
         """The budget."""
         return self.token_budget

@@ -82,7 +82,7 @@ class Recorder:
                 self._status[row] = _REJECTED
                 self.num_ended += 1
 
-    def batch(
+    def batch(  # noqa: PLR0917 - positional: once for each micro-batch
         self,
         plan: Plan,
         dispatched_ns: int,
@@ -122,7 +122,7 @@ class Recorder:
             if sequence.last_token_plan != NEVER:  # recomputed after a preemption
                 self._gaps.extend((sequence.last_token_plan, plan.id))
 
-    def record(  # noqa: D417 - the rest are the record's own fields
+    def record(
         self,
         *,
         config: Mapping[str, Any],

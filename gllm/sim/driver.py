@@ -19,7 +19,7 @@ from gllm.sim.pipeline import WAKE, Instant, RecurrencePipeline
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
 
-    from gllm.core import DecodeGroup, Engine, Plan, Request, Sequence
+    from gllm.core import DecodeGroup, Engine, Plan, Request
     from gllm.report.decision_log import DecisionLog
     from gllm.report.recorder import Recorder
     from gllm.sim.cost import CostModel
@@ -43,7 +43,7 @@ class Simulation:
     `pipeline` is the class of the pipeline: the recurrence, or one process per stage.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - a run's parts, in the order in which they meet
         self,
         engine: Engine,
         arrivals: Iterable[Arrival],
@@ -121,7 +121,8 @@ class Simulation:
         after = plan.depends_on if self._looks_ahead else NEVER  # else its tokens are back already
         self._submit(now + self._host_ns, costs, self._transfer_ns(plan), self._return_ns, after, self._return)
         for sequence in plan.prefilled:
-            if sequence.target + 1 - sequence.num_prompt_tokens >= self._true_length[sequence.id]:
+            num_output_tokens = sequence.target + 1 - sequence.num_prompt_tokens
+            if num_output_tokens >= self._true_length[sequence.id]:
                 stopped.append(Stopped(sequence.id))
         group = plan.group
         if group is not None:

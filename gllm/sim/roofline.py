@@ -192,7 +192,7 @@ class Roofline:
         *,
         shape: ModelShape,
         gpu: Gpu,
-        parallel: Parallel = Parallel(),  # noqa: B008 - frozen
+        parallel: Parallel = Parallel(),
         constants: RooflineConstants = RooflineConstants(),
     ) -> None:
         parallel.check(shape)
