@@ -43,7 +43,7 @@ format: $(DEV) ## Format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 
 golden: $(DEV) ## Write the golden decision logs anew (CONTRIBUTING.md says when that is right)
-	$(BIN)/python -m pytest tests/sim/test_golden.py --regenerate
+	$(BIN)/python tests/sim/test_golden.py
 
 bench: $(DEV) ## Measure the simulator; results go to benchmarks/results
 	$(BIN)/python -m pytest benchmarks

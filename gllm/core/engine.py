@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from gllm.core.decision import Batch, PlanError, Preempt, StallError, Wait, WaitReason
-from gllm.core.events import Finished, FirstToken, Preempted, Rejected
+from gllm.core.decision import Batch, Preempt, StallError, Wait, WaitReason
+from gllm.core.events import Event, Finished, FirstToken, Preempted, Rejected
 from gllm.core.invariants import check_invariants
-from gllm.core.planning import plan_batch
+from gllm.core.plan import Plan
+from gllm.core.planning import check_victims, plan_batch
 from gllm.core.request import DECODING, FINISHED, NEVER, PREFILLED, PREFILLING, WAITING, Sequence
 from gllm.core.rotation import DecodeGroup
 from gllm.core.state import State
@@ -20,9 +21,8 @@ from gllm.core.state import State
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from gllm.core.decision import Limits, Policy, SequenceView, View
-    from gllm.core.events import Event
-    from gllm.core.plan import Plan, StepResult, Stopped
+    from gllm.core.decision import Limits, Policy, View
+    from gllm.core.plan import StepResult, Stopped
     from gllm.core.request import Request
 
 _PIPELINE_FULL = Wait(WaitReason.PIPELINE_FULL)
@@ -287,7 +287,7 @@ class Engine:
     def _preempt(self, decision: Preempt) -> None:
         """Recompute later: free the cache, queue again with the outputs as part of the prompt."""
         victims = cast("Iterable[Sequence]", decision.sequences)
-        self._check_victims(decision.sequences)
+        check_victims(self._state, decision.sequences)
         for sequence in victims:
             self._withdraw(sequence)
             self._free(sequence)
@@ -295,17 +295,6 @@ class Engine:
             self._enqueue(sequence)
             self._preempted.append(sequence.id)
             self._events.append(Preempted(sequence.id))
-
-    def _check_victims(self, victims: Iterable[SequenceView]) -> None:
-        state = self._state
-        ids = [sequence.id for sequence in victims]
-        if not ids or len(set(ids)) != len(ids):
-            raise PlanError("a preemption names at least one sequence, and none twice")
-        for sequence in victims:
-            if sequence.id not in state.running_by_id:
-                raise PlanError(f"{sequence!r} holds no cache to preempt")
-            if state.on_road(sequence):
-                raise PlanError(f"{sequence!r} is on the road; only idle sequences can be preempted")
 
     def check_invariants(self) -> None:
         """Walk the whole state; raise AssertionError if anything is lost, leaked or miscounted."""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Seq
 from typing import TYPE_CHECKING, NamedTuple
 
-from gllm.core.request import NEVER
+from gllm.core.request import NEVER, Sequence
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence as Seq
-
     from gllm.core.decision import Snapshot
-    from gllm.core.request import Sequence
     from gllm.core.rotation import DecodeGroup
 
 

@@ -1,4 +1,4 @@
-"""From a policy's `Batch` to a `Plan`: first everything is checked, then everything is committed."""
+"""From a policy's decision to a `Plan`: first everything is checked, then everything is committed."""
 
 from __future__ import annotations
 
@@ -190,3 +190,15 @@ def _complete_prompt(state: State, plan: Plan, sequence: Sequence) -> None:
     if sequence.target + 1 == sequence.limit:
         plan.ending = [*plan.ending, sequence]
     plan.prefilled = [*plan.prefilled, sequence]
+
+
+def check_victims(state: State, victims: Seq[SequenceView]) -> None:
+    """Raise `PlanError` unless all of these can be preempted."""
+    ids = [sequence.id for sequence in victims]
+    if not ids or len(set(ids)) != len(ids):
+        raise PlanError("a preemption names at least one sequence, and none twice")
+    for sequence in victims:
+        if sequence.id not in state.running_by_id:
+            raise PlanError(f"{sequence!r} holds no cache to preempt")
+        if state.on_road(sequence):
+            raise PlanError(f"{sequence!r} is on the road; only idle sequences can be preempted")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gllm.core import Batch, Wait, WaitReason
+from gllm.core import Batch, Order, Wait, WaitReason
 from gllm.policy.order import Fcfs
 
 if TYPE_CHECKING:
-    from gllm.core import Decision, Limits, Order, View
+    from gllm.core import Decision, Limits, View
     from gllm.policy.room import Chunks
 
 

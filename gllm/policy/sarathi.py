@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gllm.core import Batch
+from gllm.core import Batch, Order
 from gllm.policy.order import Fcfs
 from gllm.policy.room import fill, make_room, nothing_to_plan
 
 if TYPE_CHECKING:
-    from gllm.core import Decision, Limits, Order, View
+    from gllm.core import Decision, Limits, View
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

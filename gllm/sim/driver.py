@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import simpy
 
-from gllm.core import NEVER, StepResult, Stopped
+from gllm.core import NEVER, Request, StepResult, Stopped
 from gllm.sim.pipeline import WAKE, Instant, RecurrencePipeline
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
 
-    from gllm.core import DecodeGroup, Engine, Plan, Request
+    from gllm.core import DecodeGroup, Engine, Plan
     from gllm.report.decision_log import DecisionLog
     from gllm.report.recorder import Recorder
     from gllm.sim.cost import CostModel

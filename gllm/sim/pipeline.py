@@ -12,13 +12,13 @@ reference: a test holds the two equal, event for event.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import simpy
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Generator
 
 RESULT, WAKE = 2, 3
 """simpy priorities below NORMAL (1): an instant's arrivals first, then its results, then what is left to decide."""

@@ -156,3 +156,15 @@ def test_taking_an_evictable_block_uses_up_free_room():
     view = shell.engine.view
     (waiting,) = view.waiting
     assert (view.num_free_blocks, view.cached_tokens(waiting), view.chunk_blocks(waiting, 4)) == (64, 12, 4)
+
+
+def test_a_recomputed_prefix_is_shared_again():
+    script = Script().then(prefill((0, 16)), preempt(0), prefill((1, 19)))
+    shell = Shell(script, limits(num_blocks=5))
+    shell.turn((request(0, prompt=16, block_hashes=HASHES), 9), (request(1, prompt=19), 1))
+    shell.turn(num_results=1)  # the second evicts all that the first one left
+    script.then(prefill((0, 17)))
+    shell.turn(num_results=1)
+    shell.turn((request(2, prompt=16, block_hashes=HASHES), 9))
+    view = shell.engine.view
+    assert [view.cached_tokens(sequence) for sequence in view.waiting] == [12]

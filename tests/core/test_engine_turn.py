@@ -243,6 +243,14 @@ def test_who_stayed_behind_is_next():
     assert sorted([*first, *members(shell)]) == [0, 1, 2]
 
 
+def test_who_stayed_behind_is_before_those_that_came_later():
+    shell = scripted(prefill(*((key, 4) for key in range(3))), prefill((3, 4)), depth=3)
+    shell.turn(*((request(key), 99) for key in range(4)))
+    shell.turn(num_results=2)
+    then(shell, decode(2), decode(1))
+    assert sorted(key for _, keys in shell.flight for key in keys) == [0, 1, 2]
+
+
 def test_named_decodes_step_just_those():
     shell = ready(0, 1, 2, 3)
     then(shell, decode_named(3, 1))

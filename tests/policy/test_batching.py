@@ -93,6 +93,12 @@ def test_prefill_first_runs_whole_prompts_only():
     assert [tokens(plan)[0] for plan in plans] == [[6], [6], [6]]
 
 
+def test_prefill_first_cuts_no_prompt_to_fill_a_large_budget():
+    arrivals = [(request(key, prompt=60), 1) for key in range(2)]
+    plans = plans_of("prefill_first:token_budget=100", arrivals, max_model_len=80)
+    assert [tokens(plan)[0] for plan in plans] == [[60], [60]]
+
+
 def test_prefill_first_packs_its_budget():
     plans = plans_of("prefill_first:token_budget=12", [(request(key, prompt=6), 1) for key in range(3)])
     assert [tokens(plan)[0] for plan in plans] == [[6, 6], [6]]
@@ -192,3 +198,11 @@ def test_if_another_policy_let_them_the_last_one_gives_way():
     turn = shell.turn(num_results=1)
     assert [event.id for event in turn.events if type(event) is Preempted] == [1]
     assert [chunk.sequence.id for chunk in turn.plans[0].chunks] == [0]
+
+
+def test_the_most_urgent_of_all_is_never_preempted():
+    script = Script().then(prefill((0, 4)), prefill((1, 4)), Sarathi().decide)
+    shell = Shell(script, limits(num_blocks=2, depth=2))
+    shell.turn((request(0, max_tokens=2), 2), (request(1, max_tokens=2), 2))
+    assert shell.turn(num_results=1).wait == Wait(WaitReason.CACHE_FULL)
+    assert shell.engine.view.num_running == 2

@@ -16,7 +16,7 @@ def played(pipeline, **options):
     return log.lines, record
 
 
-@pytest.mark.parametrize("extra", [0, 1, 3])
+@pytest.mark.parametrize("extra", [0, 2])
 @pytest.mark.parametrize("num_stages", [1, 2, 4, 8])
 @pytest.mark.parametrize("policy", POLICY_SPECS)
 def test_equal_event_logs_with_ties(policy, num_stages, extra):
