@@ -231,7 +231,7 @@ class Engine:
         """Forget a sequence; its blocks stay until the last plan that writes them is back."""
         state = self._state
         del state.sequences[sequence.id]
-        unseen = self._tokens_on_road(sequence)
+        unseen = state.token_plans(sequence)
         for plan in unseen:
             plan.num_discarded += 1
         num_output_tokens = sequence.num_output_tokens - len(unseen)
@@ -245,19 +245,6 @@ class Engine:
         elif sequence.blocks:
             self._free(sequence)
         self._events.append(Finished(sequence.id, reason, num_output_tokens))
-
-    def _tokens_on_road(self, sequence: Sequence) -> list[Plan]:
-        """Plans on the road that sample a token for this sequence: two at most."""
-        state = self._state
-        newest, oldest = sequence.newest_plan(), state.oldest_in_flight
-        if newest < oldest or sequence.phase in (WAITING, PREFILLING):
-            return []
-        plan = state.in_flight[newest - oldest]
-        if any(chunk.sequence is sequence for chunk in plan.chunks):
-            return [plan]
-        joined = (entry.previous for entry in plan.joined if entry.sequence is sequence)
-        previous = next(joined, plan.previous)
-        return [plan] if previous < oldest else [plan, state.in_flight[previous - oldest]]
 
     def _withdraw(self, sequence: Sequence) -> None:
         """Take a sequence out of whichever queue holds it, and out of the counters."""

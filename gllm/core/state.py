@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from gllm.core.decision import Limits, Snapshot
 from gllm.core.kvcache import BlockPool
-from gllm.core.request import WAITING, Sequence
+from gllm.core.request import PREFILLING, WAITING, Sequence
 from gllm.core.rotation import Rotation
 from gllm.core.waiting import WaitingQueue
 
@@ -135,6 +135,18 @@ class State:
     def on_road(self, sequence: SequenceView) -> bool:
         """Whether a plan with this sequence is on the road."""
         return cast("Sequence", sequence).newest_plan() >= self.oldest_in_flight
+
+    def token_plans(self, sequence: Sequence) -> list[Plan]:
+        """Plans on the road that sample a token for this sequence: two at most."""
+        newest, oldest = sequence.newest_plan(), self.oldest_in_flight
+        if newest < oldest or sequence.phase in (WAITING, PREFILLING):
+            return []
+        plan = self.in_flight[newest - oldest]
+        if any(chunk.sequence is sequence for chunk in plan.chunks):
+            return [plan]
+        joined = (entry.previous for entry in plan.joined if entry.sequence is sequence)
+        previous = next(joined, plan.previous)
+        return [plan] if previous < oldest else [plan, self.in_flight[previous - oldest]]
 
     def limit_blocks(self, sequence: SequenceView) -> int:
         """Blocks held at the length limit."""

@@ -339,6 +339,7 @@ def test_the_view_counts():
     view = shell.engine.view
     assert (view.now_ns, view.num_plans, view.num_in_flight) == (2, 2, 1)
     assert (view.num_waiting, view.num_running, view.num_decoding, view.num_ready) == (1, 3, 2, 2)
+    assert view.num_prefilling == 1
     assert (view.num_waiting_tokens, view.num_free_blocks, view.kv_free) == (8, 7, 0.7)
     assert [sequence.id for sequence in view.prefilling] == [2]
     assert [sequence.id for sequence in view.running if view.on_road(sequence)] == [2]
@@ -358,7 +359,8 @@ def test_reprs_say_what_matters():
 
 
 @pytest.mark.parametrize(
-    "counter", ["num_waiting", "num_running", "num_decoding", "num_waiting_tokens", "num_reserved_blocks"]
+    "counter",
+    ["num_waiting", "num_prefilling", "num_running", "num_decoding", "num_waiting_tokens", "num_reserved_blocks"],
 )
 def test_check_invariants_notices_a_miscount(counter):
     shell = ready(0)
