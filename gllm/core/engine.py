@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple, cast
 
-from gllm.core.decision import Batch, Preempt, StallError, Wait, WaitReason
+from gllm.core.decision import Batch, PlanError, Preempt, StallError, Wait, WaitReason
 from gllm.core.events import Event, Finished, FirstToken, Preempted, Rejected
 from gllm.core.invariants import check_invariants
 from gllm.core.plan import Plan
@@ -116,7 +116,11 @@ class Engine:
 
     def _check_wait(self, wait: Wait) -> Wait:
         state = self._state
-        if state.in_flight or (wait.until_ns is not None and wait.until_ns > state.now_ns):
+        if wait.until_ns is not None:
+            if wait.until_ns <= state.now_ns:
+                raise PlanError(f"{self.policy!r} waits until {wait.until_ns} ns, and it is {state.now_ns} ns already")
+            return wait
+        if state.in_flight:
             return wait
         raise StallError(
             f"{self.policy!r} waits ({wait.reason}) with nothing on the road and no time to wake: {state.snapshot()}"

@@ -32,7 +32,8 @@ class Joined(NamedTuple):
 class Plan:
     """One micro-batch on its way. Read-only for shells; the last four fields are the engine's own notes.
 
-    A decode step takes every member of `group`. `joined` names those that are new to it. Fields that
+    A decode step takes every member of `group`: those of the group's last plan, less `left`, plus
+    `joined`. (The group itself may have moved on since, within the same turn.) Fields that
     a plan has no use for stay at the class's defaults: most plans are decode steps of an old group.
     """
 
@@ -46,6 +47,7 @@ class Plan:
     num_decode_tokens: int = 0
     decode_context: int = 0  # sum of the members' lengths
     joined: Seq[Joined] = ()
+    left: Seq[int] = ()  # ids
     grown: Seq[tuple[Sequence, int]] = ()  # (decoding sequence, the block it was given)
     previous: int = NEVER  # the plan in which members other than `joined` took their last step
     num_sampled: int = 0  # rows that pass the head

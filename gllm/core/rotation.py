@@ -44,6 +44,7 @@ class DecodeGroup:
         "context",
         "joined",
         "last_plan",
+        "left",
         "members",
         "notes",
         "ready",
@@ -56,6 +57,7 @@ class DecodeGroup:
         self._ends: Index = {}  # step -> members that then reach their length limit
         self.members: dict[int, Sequence] = {}
         self.joined: dict[int, Sequence] = {}  # members that no plan of this group has stepped yet
+        self.left: list[int] = []  # ids of those gone since the group's last plan, which stepped them
         self.step = 0
         self.context = 0  # sum of the members' lengths: what the next step attends to
         self.last_plan = NEVER
@@ -81,7 +83,8 @@ class DecodeGroup:
         tokens = offset + self.step
         sequence.last_plan = sequence.newest_plan()
         del self.members[sequence.id]
-        self.joined.pop(sequence.id, None)
+        if self.joined.pop(sequence.id, None) is None:
+            self.left.append(sequence.id)
         self.context -= tokens
         _unfile(self._growth, (1 - offset) % self._block_size, sequence)
         end = sequence.limit - offset - 1
@@ -106,6 +109,8 @@ class DecodeGroup:
                 Joined(s, s.last_plan, s.offset + step - s.request.num_prompt_tokens) for s in self.joined.values()
             ]
             self.joined = {}
+        if self.left:
+            plan.left, self.left = self.left, []
         growing = self._growth.get(step % self._block_size)
         if growing is not None:
             plan.grown = list(zip(growing.values(), pool.allocate(len(growing)), strict=True))

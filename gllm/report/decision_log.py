@@ -4,7 +4,7 @@
      "plans":[decision,...],"events":[[name,...],...],"wait":reason,"until":ns}
 
     decision  {"plan":id,"prefill":[[id,start,num_tokens],...],"decode":num_tokens,"joined":[id,...],
-               "grown":[[id,block],...],"preempted":[id,...],"free":num_blocks}, then "saw":{...}
+               "left":[id,...],"grown":[[id,block],...],"preempted":[id,...],"free":num_blocks}, then "saw":{...}
 
 A decision holds no time, so that runs that decide alike have equal digests whatever their clocks said: the SHA-256
 covers the decisions alone, in order, each as above and followed by a newline. What the policy saw ("saw", in a log
@@ -41,10 +41,11 @@ def decision_line(plan: Plan) -> str:
     """The decision behind a plan as canonical JSON. To be taken in the turn that made it: plans go on."""
     prefill = ",".join([f"[{chunk.sequence.id},{chunk.start},{chunk.num_tokens}]" for chunk in plan.chunks])
     joined = _numbers([entry.sequence.id for entry in plan.joined])
+    left = _numbers(plan.left)
     grown = ",".join([f"[{sequence.id},{block}]" for sequence, block in plan.grown])
     return (
         f'{{"plan":{plan.id},"prefill":[{prefill}],"decode":{plan.num_decode_tokens},"joined":[{joined}],'
-        f'"grown":[{grown}],"preempted":[{_numbers(plan.preempted)}],"free":{plan.num_free_blocks}}}'
+        f'"left":[{left}],"grown":[{grown}],"preempted":[{_numbers(plan.preempted)}],"free":{plan.num_free_blocks}}}'
     )
 
 

@@ -12,7 +12,6 @@ from array import array
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.lib.recfunctions import unstructured_to_structured
 
 from gllm.core import NEVER, Finished, FirstToken, Preempted, Rejected, Scheduled
 from gllm.report.record import BATCH_DTYPE, GAP_DTYPE, REQUEST_DTYPE, STATUSES, RunRecord
@@ -136,9 +135,11 @@ class Recorder:
         requests = np.zeros(self.num_submitted, REQUEST_DTYPE)
         for name, column in self._requests.items():
             requests[name] = column
-        rows = np.frombuffer(bytes(self._batches), np.int64).reshape(-1, self._width)
+        # Views of the buffer, not copies: it is the largest thing a run keeps.
+        rows = np.frombuffer(self._batches, np.int64).reshape(-1, self._width)
         first = len(_BATCH_COLUMNS)
         ends, costs = np.split(rows[:, first + 2 :], 2, axis=1)
+        batch = _padded(BATCH_DTYPE, 8 * self._width)
         return RunRecord(
             config=config,
             mode=mode,
@@ -147,10 +148,17 @@ class Recorder:
             num_blocks=num_blocks,
             block_size=block_size,
             requests=requests,
-            batches=unstructured_to_structured(rows[:, :first], BATCH_DTYPE),
+            batches=np.frombuffer(self._batches, batch),
             done_ns=rows[:, first],
             num_discarded=rows[:, first + 1],
-            gaps=np.frombuffer(bytes(self._gaps), GAP_DTYPE),
+            gaps=np.frombuffer(self._gaps, GAP_DTYPE) if self._gaps else np.zeros(0, GAP_DTYPE),
             stage_start_ns=ends - costs,
             stage_end_ns=ends,
         )
+
+
+def _padded(dtype: np.dtype[np.void], itemsize: int) -> np.dtype[np.void]:
+    """The same columns in wider rows."""
+    fields = dict(dtype.fields or {})
+    formats, offsets = zip(*(field[:2] for field in fields.values()), strict=True)
+    return np.dtype({"names": list(fields), "formats": formats, "offsets": offsets, "itemsize": itemsize})

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import re
 import signal
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from itertools import product
 from multiprocessing import get_context
 from multiprocessing.connection import wait
+from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,10 +101,12 @@ def run_all(jobs: Sequence[Job], num_processes: int, ended: list[str] | None = N
     try:
         while waiting or running:
             while waiting and len(running) < num_processes:
+                job = waiting.pop()
                 with _uninterrupted():
-                    job = waiting.pop()
-                    connection, process = _start(job)
+                    connection, process = _start()
                     running[connection] = job.name, process
+                with suppress(ConnectionError):  # killed already: its end of the pipe will say so
+                    connection.send(job)
             ready = set(wait(running))
             for connection in [connection for connection in running if connection in ready]:
                 name, process = running.pop(connection)
@@ -117,10 +120,11 @@ def run_all(jobs: Sequence[Job], num_processes: int, ended: list[str] | None = N
     return {job.name: outcomes[job.name] for job in jobs}
 
 
-def _start(job: Job) -> tuple[Connection, BaseProcess]:
+def _start() -> tuple[Connection, BaseProcess]:
+    """A process that waits for its job."""
     context = get_context("spawn")  # fork would copy the progress bar's thread and its locks
-    ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(theirs, job), daemon=True)
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_child, args=(theirs,), daemon=True)
     process.start()
     theirs.close()
     return ours, process
@@ -130,6 +134,7 @@ def _start(job: Job) -> tuple[Connection, BaseProcess]:
 def _uninterrupted() -> Iterator[None]:
     """Put Ctrl-C off until the end of the block; processes started in it never see one."""
     pending: list[int] = []
+    ensure_running()  # of the resource tracker, which would undo the mask when it starts
     handler = signal.signal(signal.SIGINT, lambda number, _: pending.append(number))
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a child inherits
     try:
@@ -141,10 +146,10 @@ def _uninterrupted() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _child(connection: Connection, job: Job) -> None:
-    """A run's process: sends the summary, or what went wrong."""
+def _child(connection: Connection) -> None:
+    """A run's process: takes a job, sends its summary or what went wrong."""
     try:
-        connection.send(run_job(job))
+        connection.send(run_job(connection.recv()))
     except Exception as error:  # noqa: BLE001 - one failing run must not stop the others
         known = isinstance(error, ValueError | OSError) or type(error).__name__ in {"PlanError", "StallError"}
         text = " ".join(str(error).split())
@@ -154,7 +159,7 @@ def _child(connection: Connection, job: Job) -> None:
 def _outcome(connection: Connection, process: BaseProcess) -> Summary | str:
     try:
         outcome: Summary | str = connection.recv()
-    except EOFError:
+    except (EOFError, ConnectionError):
         process.join()
         outcome = f"its process was killed (status {process.exitcode}); try fewer --jobs"
     process.join()

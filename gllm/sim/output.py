@@ -49,7 +49,7 @@ def _check(out: Path, own: frozenset[str]) -> None:
     foreign = next(_foreign(out, own), None) if out.is_dir() else None
     if foreign is not None:
         raise ValueError(
-            f"--out {out}: holds {foreign}, which this command did not write; name a new or an empty folder"
+            f"--out {out}: holds {foreign.relative_to(out)}, which this command did not write; name another folder"
         )
 
 
@@ -60,10 +60,9 @@ def _foreign(out: Path, own: frozenset[str]) -> Iterator[Path]:
             continue
         if path.name == "runs" and "runs" in own and path.is_dir():
             for run in sorted(path.iterdir()):
-                found = _foreign(run, RUN_FILES) if run.is_dir() else iter([run])
-                yield from (path.relative_to(out) if path.is_absolute() else path for path in found)
+                yield from _foreign(run, RUN_FILES) if run.is_dir() else [run]
         elif path.name not in own or path.is_dir():
-            yield path.relative_to(out)
+            yield path
 
 
 def _make_aside(out: Path) -> tuple[Path, list[Path]]:

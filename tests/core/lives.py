@@ -36,6 +36,7 @@ class Ledger:
     expected: list[object] = field(default_factory=list)  # events of the next turn
     returned: list[tuple[object, int]] = field(default_factory=list)  # plans of this turn and what each discarded
     published: set[int] = field(default_factory=set)
+    followed: dict[object, set[int]] = field(default_factory=dict)  # group -> members, by what plans say
     num_preempted: int = 0
 
     def submit(self, request, true_length):
@@ -138,6 +139,7 @@ class Ledger:
         assert plan.num_decode_tokens == len(members) == len(set(members))
         joined = {entry.sequence.id: entry for entry in plan.joined}
         assert joined.keys() <= set(members)
+        self._follow(plan, members, joined)
         lives = {key: self.alive[key] for key in members}
         assert plan.decode_context == sum(life.num_tokens for life in lives.values())
         size = self.limits.block_size
@@ -153,6 +155,17 @@ class Ledger:
             assert life.computed == life.target, "a step before its prompt"
             self._sample(plan, life)
         return members
+
+    def _follow(self, plan, members, joined):
+        """A shell that keeps each group's members by what plans say of them is never wrong."""
+        if plan.group is None:
+            assert not members
+            assert not (plan.left or joined)
+            return
+        before = self.followed.get(plan.group, set())
+        assert set(plan.left) <= before
+        self.followed[plan.group] = before - set(plan.left) | joined.keys()
+        assert self.followed[plan.group] == set(members)
 
     def _check_timing(self, plan, life):
         """A step follows its token, or a full pipeline if that is not back; two unknown tokens at most."""

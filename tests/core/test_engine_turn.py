@@ -9,6 +9,7 @@ from gllm.core import (
     Finished,
     FirstToken,
     Limits,
+    PlanError,
     Rejected,
     Request,
     Scheduled,
@@ -185,9 +186,15 @@ def test_a_policy_is_asked_until_it_waits():
     assert shell.engine.policy.num_asked == 3
 
 
-@pytest.mark.parametrize("until_ns", [None, 4, 5])
-def test_a_wait_for_nothing_is_a_stall(until_ns):
+@pytest.mark.parametrize("until_ns", [4, 5])
+def test_a_wait_until_the_past_is_an_error(until_ns):
     engine = Engine(Script().then(lambda _: Wait(WaitReason.HELD, until_ns)), limits())
+    with pytest.raises(PlanError, match=rf"waits until {until_ns} ns, and it is 5 ns already"):
+        engine.turn(requests=[request(0)], now=5)
+
+
+def test_a_wait_for_nothing_is_a_stall():
+    engine = Engine(Script().then(lambda _: Wait(WaitReason.HELD)), limits())
     with pytest.raises(StallError, match=r"waits \(held\) with nothing on the road"):
         engine.turn(requests=[request(0)], now=5)
 

@@ -2,9 +2,11 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
+from gllm.sim import compare as compare_module
 from gllm.sim.cli import main
 from gllm.sim.compare import Job, mean_rate, run_all
 from gllm.sim.config import SimConfig, TraceOptions
@@ -94,28 +96,42 @@ def test_all_at_once_has_no_rate(capsys):
 
 
 def test_one_failing_run_is_named_and_the_others_kept(capsys, monkeypatch, tmp_path):
-    # An order whose sort key is not a number fails in the run's own process, not before.
-    real = run_all
-
-    def sabotaged(jobs, *rest):
-        broken = SimConfig(model="qwen3-72b", policy="sarathi")
-        spoiled = [type(j)(**{n: getattr(j, n) for n in j.__slots__} | {"config": broken}) if n == 1 else j
-                   for n, j in enumerate(jobs)]  # fmt: skip
-        return real(spoiled, *rest)
+    def sabotaged(jobs, *rest):  # a model that is gone by the time the run starts
+        broken = replace(jobs[1], config=replace(jobs[1].config, model="gone"))
+        return run_all([jobs[0], broken], *rest)
 
     monkeypatch.setattr("gllm.sim.compare.run_all", sabotaged)
     words = ["compare", "chat", *FAST, "--policies", "throttle,sarathi", "--rates", "9", "--out", str(tmp_path / "o")]
-    monkeypatch.setattr("gllm.sim.compare._tell_rejections", lambda *_: None)
     assert main(words) == 2
     out, err = capsys.readouterr()
-    assert err.startswith("gllm: error: sarathi@9: model 'qwen3-72b'")
+    assert err.startswith("gllm: error: sarathi@9: model 'gone': ")
     assert "throttle" in out
     assert [run["policy"] for run in json.loads((tmp_path / "o" / "compare.json").read_text())["runs"]] == ["throttle"]
+    assert [path.name for path in (tmp_path / "o" / "runs").iterdir()] == ["throttle@9"]
 
 
 def test_outcomes_keep_their_order_and_their_errors():
-    outcomes = run_all([job("orca"), job(model="nope") if False else job("throttle", num_blocks=0), job()], 2)
-    assert list(outcomes) == ["orca@burst", "throttle@burst"] or len(outcomes) == 2
+    outcomes = run_all([job("orca"), job("throttle", block_size=0), job("sarathi")], 2, ended := [])
+    assert list(outcomes) == ["orca@burst", "throttle@burst", "sarathi@burst"]
+    assert sorted(ended) == sorted(outcomes)
+    assert outcomes["throttle@burst"].startswith("block_size is 0")
+    assert outcomes["sarathi@burst"]["num_finished"] == outcomes["orca@burst"]["num_finished"] == 10
+
+
+def test_a_killed_process_is_an_error_of_its_run_alone(monkeypatch):
+    start, started = compare_module._start, []
+
+    def killed():
+        connection, process = start()
+        if not started:
+            process.kill()
+        started.append(process)
+        return connection, process
+
+    monkeypatch.setattr(compare_module, "_start", killed)
+    outcomes = run_all([job("orca"), job()], 2)
+    assert "was killed (status -9)" in outcomes["orca@burst"]
+    assert outcomes["throttle@burst"]["num_finished"] == 10
 
 
 def test_mean_rate():

@@ -98,9 +98,10 @@ def test_everything_a_turn_may_hold(tmp_path):
 
 def test_after_an_exception_nothing_is_left_and_an_older_log_stays(tmp_path):
     (tmp_path / "log").write_text("older")
-    with pytest.raises(KeyError), DecisionLog(tmp_path / "log") as log:
-        log.write(0, (), (), (), Turn([], [], Wait()))
-        raise KeyError
+    log = DecisionLog(tmp_path / "log")
+    log.write(0, (), (), (), Turn([], [], Wait()))
+    with pytest.raises(ZeroDivisionError), log:
+        log.write(1 // 0, (), (), (), Turn([], [], Wait()))
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
     assert (tmp_path / "log").read_text() == "older"
 

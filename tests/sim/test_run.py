@@ -3,7 +3,7 @@
 import gc
 import json
 from contextlib import contextmanager
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
@@ -17,11 +17,10 @@ from gllm.sim.run import arrivals, simulate
 
 CHAT = TraceOptions(source="chat", limit=40)
 SMALL = SimConfig(model="qwen3-0.6b", gpu="l4", parallel=Parallel(pp=2), trace=CHAT)
-PUBLIC = Path(__file__).resolve().parents[3] / "shared" / "traces"
 
 
 def changed(config=SMALL, **options):
-    return SimConfig(**{name: getattr(config, name) for name in config.__slots__} | options)
+    return replace(config, **options)
 
 
 def simulated(config=SMALL, **options):
