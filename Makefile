@@ -8,11 +8,11 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable
 BASE := $(VENV)/.base-installed
 DEV := $(VENV)/.dev-installed
-
+FAST := $(VENV)-compiled
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test coverage check format golden bench clean
+.PHONY: help setup demo test coverage check format golden compiled bench clean
 
 help: ## Show this help
 	@printf 'gLLM: make TARGET\n\n'
@@ -45,9 +45,19 @@ format: $(DEV) ## Format the code and mend what ruff can mend
 golden: $(DEV) ## Write the golden decision logs anew (CONTRIBUTING.md says when that is right)
 	$(BIN)/python tests/sim/test_golden.py
 
-bench: $(DEV) ## Measure the simulator; results go to benchmarks/results
+compiled: $(DEV) ## Build the package with its hot modules compiled, in an environment of its own
+	@test -d $(FAST) || $(PYTHON) -m venv $(FAST)
+	@$(FAST)/bin/python -m pip --disable-pip-version-check install --quiet 'setuptools>=77' wheel mypy pytest -c constraints.txt
+	@GLLM_COMPILE=1 $(FAST)/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation . -c constraints.txt
+	@rm -rf build
+	$(FAST)/bin/pytest tests/sim/test_golden.py
+	@echo "ready: $(FAST)/bin/gllm"
+
+bench: compiled ## Measure the simulator, plain and compiled; results go to benchmarks/results
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python benchmarks/sim_speed.py
+	$(FAST)/bin/python benchmarks/sim_speed.py
+	$(BIN)/python benchmarks/throttling.py
 	$(BIN)/python benchmarks/vidur.py
 
 clean: ## Remove outputs and caches; the environment stays

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import simpy
 
+from gllm.core import engine
 from gllm.trace import load_trace
 
 if TYPE_CHECKING:
@@ -87,7 +88,13 @@ def machine() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": versions,
         "commit": _commit(),
+        "build": build(),
     }
+
+
+def build() -> str:
+    """Whether the hot modules of this installation were compiled (setup.py)."""
+    return "plain" if engine.__file__.endswith(".py") else "compiled"
 
 
 def _cpu_model() -> str:
@@ -141,7 +148,7 @@ def _head(result: Mapping[str, Any]) -> list[str]:
     versions = ", ".join(f"{package} {number}" for package, number in host["versions"].items())
     return [
         f"- {result['date']}, commit {host['commit'] or 'unknown'}",
-        f"- {host['cpu']}, {host['num_cores']} cores, {host['memory_gib']} GiB; {versions}",
+        f"- {host['cpu']}, {host['num_cores']} cores, {host['memory_gib']} GiB; {versions}; {host['build']} build",
         f"- `{result['command']}`",
     ]
 

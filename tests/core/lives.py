@@ -160,7 +160,8 @@ class Ledger:
         """A shell that keeps each group's members by what plans say of them is never wrong."""
         if plan.group is None:
             assert not members
-            assert not (plan.left or joined)
+            assert not plan.left
+            assert not joined
             return
         before = self.followed.get(plan.group, set())
         assert set(plan.left) <= before
