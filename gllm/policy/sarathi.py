@@ -24,6 +24,8 @@ class Sarathi:
     def __post_init__(self) -> None:
         if self.token_budget < 1:
             raise ValueError(f"token_budget is {self.token_budget}; it must be at least 1")
+        if not 0 <= self.watermark < 1:
+            raise ValueError(f"watermark is {self.watermark}; it must be a share of the cache, 0 to below 1")
 
     def decide(self, view: View) -> Decision:
         """Decodes, then chunks."""

@@ -24,7 +24,8 @@ def _convert(key: str, text: str, default: Any, orders: Mapping[str, Order]) -> 
         choices = orders if key == "order" else ("true", "false")
         raise ValueError(f"{key}={text}: choose one of {', '.join(choices)}") from None
     except ValueError:
-        raise ValueError(f"{key}={text}: not a valid {type(default).__name__}") from None
+        kind = {int: "a whole number", float: "a number"}[type(default)]
+        raise ValueError(f"{key}={text}: give {kind}, such as {default}") from None
 
 
 def parse_spec(spec: str, policies: Mapping[str, Callable[..., Policy]], orders: Mapping[str, Order]) -> Policy:
@@ -43,9 +44,9 @@ def parse_spec(spec: str, policies: Mapping[str, Callable[..., Policy]], orders:
         key, equals, text = option.partition("=")
         if not equals or key not in defaults:
             raise ValueError(f"policy {name}: unknown option {option!r}; known: {', '.join(defaults)}")
-        values[key] = _convert(key, text, defaults[key], orders)
+        values[key] = text
     try:
-        return make(**values)
+        return make(**{key: _convert(key, text, defaults[key], orders) for key, text in values.items()})
     except ValueError as error:
         raise ValueError(f"policy {name}: {error}") from None
 

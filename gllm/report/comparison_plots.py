@@ -50,7 +50,8 @@ def comparison_charts(runs: Sequence[Summary]) -> list[Chart]:
     policies = {policy: [run for run in runs if run["policy"] == policy] for policy in {r["policy"]: 0 for r in runs}}
     swept = len({run["rate_per_s"] for run in runs}) > 1
     latency = _latency_curves(policies) if swept else _latency_bars(policies)
-    return [latency, *(_measure(policies, title, swept=swept) for title in MEASURES)]
+    known = [title for title, (path, *_) in MEASURES.items() if any(lookup(run, path) is not None for run in runs)]
+    return [latency, *(_measure(policies, title, swept=swept) for title in known)]
 
 
 def _latency_curves(policies: dict[str, list[Summary]]) -> Chart:

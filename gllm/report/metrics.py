@@ -198,7 +198,8 @@ def _latency(record: RunRecord) -> dict[str, Any]:
 def _goodput(record: RunRecord, *, slo_ttft_s: float | None, slo_tpot_s: float | None) -> dict[str, float | None]:
     """Finished requests within both objectives, per second and as a share of all requests.
 
-    A request with a single output token has no TPOT and meets that objective.
+    A request with a single output token has no TPOT and meets that objective. Without any objective
+    every finished request is good, and there is nothing to attain.
     """
     columns = request_latencies(record)
     missed = (columns["ttft_s"] > _limit(slo_ttft_s)) | (columns["tpot_s"] > _limit(slo_tpot_s))
@@ -208,7 +209,7 @@ def _goodput(record: RunRecord, *, slo_ttft_s: float | None, slo_tpot_s: float |
         "slo_ttft_s": slo_ttft_s,
         "slo_tpot_s": slo_tpot_s,
         "requests_per_s": ratio(num_good, (last - first) / NS_PER_S),
-        "attainment": ratio(num_good, record.requests.size),
+        "attainment": None if slo_ttft_s is slo_tpot_s is None else ratio(num_good, record.requests.size),
     }
 
 

@@ -55,7 +55,7 @@ class SimConfig:
     gpu: str = "h200"
     parallel: Parallel = Parallel()
     policy: str = "throttle"  # NAME[:key=value,...]
-    max_num_seqs: int = 256
+    max_num_seqs: int = 1024
     block_size: int = 16
     max_model_len: int | None = None
     num_blocks: int | None = None

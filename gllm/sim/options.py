@@ -140,7 +140,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """The engine's limits, and what the report measures goodput by."""
     group = parser.add_argument_group("engine")
     group.add_argument(
-        "--max-num-seqs", type=whole(1), default=256, metavar="N", help="sequences at once (default: 256)"
+        "--max-num-seqs", type=whole(1), default=1024, metavar="N", help="sequences at once (default: 1024)"
     )
     group.add_argument(
         "--block-size", type=whole(1), default=16, metavar="N", help="tokens in a cache block (default: 16)"

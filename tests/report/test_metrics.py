@@ -29,7 +29,7 @@ EXPECTED = {
     "queue_s": {"mean": 0.5, "p50": 0.5, "p90": 0.9, "p99": 0.99},
     # gaps of 2 s, 2 s and, alone, 4 s; the discarded step counts for nothing
     "itl_s": {"mean": 8 / 3, "p50": 2.0, "p90": 4.0, "p99": 4.0},
-    "goodput": {"slo_ttft_s": None, "slo_tpot_s": None, "requests_per_s": 0.2, "attainment": 0.5},
+    "goodput": {"slo_ttft_s": None, "slo_tpot_s": None, "requests_per_s": 0.2, "attainment": None},
     # active for 8 s; stage 0 busy for 5 s of them, stage 1 for 4 s
     "bubble_fraction": 0.4375,
     "stages": [
@@ -85,7 +85,7 @@ def test_an_empty_run_has_no_values_but_all_keys():
 
 
 def test_all_rejected():
-    found = summary(record(requests=[(t, -1, -1, t, 5, 0, 0, 0, REJECTED) for t in (0, 1, 2)]))
+    found = summary(record(requests=[(t, -1, -1, t, 5, 0, 0, 0, REJECTED) for t in (0, 1, 2)]), ttft=1.0)
     assert (found["num_rejected"], found["num_finished"], found["requests_per_s"]) == (3, 0, 0.0)
     assert found["ttft_s"]["mean"] is None
     assert found["goodput"]["attainment"] == 0.0

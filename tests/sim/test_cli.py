@@ -154,7 +154,7 @@ BAD = [
     ("replay chat --limit 0", "--limit: '0' is not a whole number"),
     ("replay chat --policy nope", "unknown policy 'nope'; known: throttle, sarathi"),
     ("replay chat --policy throttle:nope=1", "unknown option 'nope=1'; known: iterations"),
-    ("replay chat --policy throttle:iterations=x", "not a valid int"),
+    ("replay chat --policy throttle:iterations=x", "policy throttle: iterations=x: give a whole number, such as 8"),
     ("replay chat --model nope", "model 'nope': .*known names"),
     ("replay chat --model config.json", "config.json: key .* is missing"),
     ("replay chat --gpu nope", "gpu 'nope' is not known; choose one of"),
