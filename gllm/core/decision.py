@@ -174,7 +174,8 @@ class WaitReason(StrEnum):
     HELD = "held"  # the policy holds work back on purpose
 
 
-class Batch(NamedTuple):
+@dataclass(slots=True)
+class Batch:
     """Plan one micro-batch: these chunks, and `num_decode` steps of the rotation or these sequences."""
 
     prefill: Seq[tuple[SequenceView, int]] = ()  # (sequence, tokens to compute)

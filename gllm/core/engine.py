@@ -7,7 +7,8 @@ engine has no clock, does no I/O, draws no lots and never sees a token's value.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from gllm.core.decision import Batch, PlanError, Preempt, StallError, Wait, WaitReason
 from gllm.core.events import Event, Finished, FirstToken, Preempted, Rejected
@@ -30,7 +31,8 @@ _NOTHING_READY = Wait(WaitReason.NOTHING_READY)
 _NO_WORK = Wait(WaitReason.NO_WORK)
 
 
-class Turn(NamedTuple):
+@dataclass(slots=True)
+class Turn:
     """What to do: dispatch `plans` in order, then wait for a result, an arrival or `wait.until_ns`."""
 
     plans: list[Plan]
@@ -153,7 +155,7 @@ class Engine:
 
     def _complete(self, result: StepResult) -> None:
         state = self._state
-        number, stopped = result
+        number, stopped = result.plan, result.stopped
         if not state.in_flight or number != state.in_flight[0].id:
             raise ValueError(f"result of plan {number}; plan {state.oldest_in_flight} is the next to come back")
         if stopped:  # errors while the plan still counts as on the road: that step gave them no token

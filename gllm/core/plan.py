@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
 from gllm.core.request import NEVER, Sequence
@@ -85,7 +86,8 @@ class Stopped(NamedTuple):
     block_hashes: Seq[int] = ()
 
 
-class StepResult(NamedTuple):
+@dataclass(slots=True)
+class StepResult:
     """A micro-batch that came back; results arrive in the order of plans."""
 
     plan: int

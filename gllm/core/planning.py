@@ -50,7 +50,7 @@ def plan_batch(state: State, batch: Batch, max_tokens: int, events: list[Event])
 
 def _check_batch(state: State, batch: Batch, max_tokens: int) -> int:
     """Raise `PlanError` unless the batch can be committed whole; return its number of decode steps."""
-    prefill, num_decode, names = batch
+    prefill, num_decode, names = batch.prefill, batch.num_decode, batch.decode
     tokens = blocks = 0
     if names:
         num_decode = _check_named(batch)

@@ -9,9 +9,10 @@ from gllm.core import Engine, Limits
 from gllm.model_shape import load_shape
 from gllm.policy import ORDERS, format_policy, parse_policy
 from gllm.sim.capacity import kv_capacity
+from gllm.sim.constants import RooflineConstants
 from gllm.sim.gpus import get_gpu
 from gllm.sim.parallel import Parallel
-from gllm.sim.roofline import Roofline, RooflineConstants
+from gllm.sim.roofline import Roofline
 from gllm.trace import Trace, load_trace
 
 if TYPE_CHECKING:

@@ -103,15 +103,14 @@ class Simulation:
             self._pending = []
             self._recorder.submit(arrived)
         turn = self._engine_turn(results, arrived, now=now)
-        plans, events, wait = turn
-        if events:
-            self._recorder.events(now, events)
+        if turn.events:
+            self._recorder.events(now, turn.events)
         if self._log is not None:
             self._log.write(now, results, arrived, (), turn)
-        for plan in plans:
+        for plan in turn.plans:
             self._dispatch(plan, now)
-        if wait.until_ns is not None:
-            Instant(self.env, wait.until_ns, WAKE, self._wake)
+        if turn.wait.until_ns is not None:
+            Instant(self.env, turn.wait.until_ns, WAKE, self._wake)
 
     def _dispatch(self, plan: Plan, now: int) -> None:
         view = self._view

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dataclasses import Field
 
     from gllm.sim.config import SimConfig, TraceOptions
-    from gllm.sim.roofline import RooflineConstants
+    from gllm.sim.constants import RooflineConstants
 
 
 DEFAULT_STAGES = 4
@@ -214,7 +214,7 @@ def cost_constants(texts: list[str]) -> RooflineConstants:
     """
     from dataclasses import fields  # noqa: PLC0415
 
-    from gllm.sim.roofline import RooflineConstants  # noqa: PLC0415
+    from gllm.sim.constants import RooflineConstants  # noqa: PLC0415
 
     known = {field.name: field for field in fields(RooflineConstants)}
     values: dict[str, float] = {}

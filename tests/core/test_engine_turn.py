@@ -1,5 +1,7 @@
 """What one turn promises: its order, its events, its reasons to wait, and what it refuses."""
 
+from dataclasses import replace
+
 import pytest
 from core.driving import Shell, limits, play, request
 from core.scripted import FAR, Script, decode, decode_named, prefill
@@ -268,7 +270,7 @@ def test_named_decodes_with_a_prompt():
     shell = ready(0, 1)
     shell.turn((request(2), 99))
     named, chunk = decode_named(1), prefill((2, 4))
-    turn = then(shell, lambda view: chunk(view)._replace(decode=named(view).decode))
+    turn = then(shell, lambda view: replace(chunk(view), decode=named(view).decode))
     assert (turn.plans[0].num_prefill_tokens, turn.plans[0].num_decode_tokens) == (4, 1)
 
 

@@ -68,7 +68,7 @@ def test_sarathi_leaves_its_watermark_free():
 
 
 def test_the_watermark_does_not_keep_an_idle_engine_from_work():
-    plans = plans_of("sarathi:watermark=1.0", [(request(0, prompt=16), 1)], num_blocks=5)
+    plans = plans_of("sarathi:watermark=0.99", [(request(0, prompt=16), 1)], num_blocks=5)
     assert len(plans) == 1
 
 

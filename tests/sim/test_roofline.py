@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gllm.model_shape import load_shape, shape_of_config
+from gllm.sim.constants import RooflineConstants
 from gllm.sim.cost import COMPONENTS, BatchWork, FixedCost, batch_work
 from gllm.sim.gpus import Gpu, get_gpu
 from gllm.sim.parallel import Parallel
-from gllm.sim.roofline import Roofline, RooflineConstants, graph_size, missed_expert_table
+from gllm.sim.roofline import Roofline, graph_size, missed_expert_table
 
 H200 = get_gpu("h200")
 CONFIG = {

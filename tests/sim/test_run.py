@@ -10,9 +10,9 @@ import pytest
 from gllm.core import StallError, Wait
 from gllm.report.metrics import summarize
 from gllm.sim.config import MAX_SIZED_TOKENS, SimConfig, TraceOptions
+from gllm.sim.constants import RooflineConstants
 from gllm.sim.parallel import Parallel
 from gllm.sim.pipeline import ProcessPipeline
-from gllm.sim.roofline import RooflineConstants
 from gllm.sim.run import arrivals, simulate
 
 CHAT = TraceOptions(source="chat", limit=40)
