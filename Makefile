@@ -23,7 +23,8 @@ setup: $(DEV) ## Create the environment with everything that tests and checks ne
 	@echo "ready: $(BIN)/python"
 
 demo: $(BASE) ## Replay a sample trace on four simulated H200s under token throttling
-	$(BIN)/python -m gllm.sim replay chat --model qwen3-32b --gpu h200 --pp 4 --policy throttle --out out/demo
+	$(BIN)/python -m gllm.sim replay chat --rate-scale 10 --model qwen3-32b --gpu h200 --pp 4 --policy throttle \
+		--slo-ttft 1 --slo-tpot 0.05 --out out/demo
 	@echo "open out/demo/report.html in a browser; it needs no network"
 
 test: coverage ## Run all tests; core and policy must be covered branch by branch

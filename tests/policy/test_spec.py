@@ -49,6 +49,8 @@ def test_good_specs(spec, policy):
         ("sarathi:token_budget=many", "token_budget=many: give a whole number, such as 2048"),
         ("sarathi:token_budget=1.5", "token_budget=1.5: give a whole number, such as 2048"),
         ("sarathi:token_budget=0", "policy sarathi: token_budget is 0; it must be at least 1"),
+        ("sarathi:watermark=1", "watermark is 1.0; it must be a share of the cache"),
+        ("prefill_first:watermark=-0.1", "watermark is -0.1; it must be a share of the cache"),
         ("sarathi:watermark=half", "watermark=half: give a number, such as 0.01"),
         ("throttle:wt=maybe", "wt=maybe: choose one of true, false"),
         ("throttle:order=lifo", "order=lifo: choose one of fcfs, priority, sjf, lpm, edf"),
