@@ -1,7 +1,7 @@
 """Optional: `GLLM_COMPILE=1 pip install .` compiles the hot modules with mypyc; the source stays the truth.
 
 Everything else about the package stands in pyproject.toml. The compiled package decides and reports
-byte for byte what the plain one does, about twice as fast; it needs a C compiler and mypy to build.
+byte for byte what the plain one does, and faster (benchmarks/results); it needs a C compiler and mypy to build.
 """
 
 import os

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PUBLIC_TRACE = ROOT.parent / "shared" / "traces" / "azure2023_conv.csv.gz"
+PUBLIC_TRACE = Path(os.environ.get("GLLM_TRACES", ROOT.parent / "shared" / "traces"), "azure2023_conv.csv.gz")
 SAMPLE_TRACE = "chat"
 
 TOKEN_BUDGET = 512

@@ -270,7 +270,9 @@ class _Keys:
         """Refuse models whose cost this shape cannot describe, rather than guess."""
         if self.config.get("kv_lora_rank"):
             raise ValueError(f"{self.where}: multi-head latent attention (kv_lora_rank) is not supported yet")
-        kinds = set(self.config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+        kinds = set(self.config.get("layer_types") or ()) - {"full_attention"}
+        if "sliding_attention" in kinds:
+            raise ValueError(f"{self.where}: sliding-window attention (layer_types) is not supported yet")
         if kinds or self.config.get("linear_num_key_heads"):
             raise ValueError(f"{self.where}: linear attention or other layer_types are not supported yet")
         if self.config.get("quantization_config"):

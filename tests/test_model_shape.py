@@ -142,6 +142,7 @@ def test_name_folder_file_and_hub_name(tmp_path):
         ({"torch_dtype": "int3"}, "torch_dtype is 'int3'"),
         ({"kv_lora_rank": 512}, "latent attention"),
         ({"layer_types": ["linear_attention"]}, "linear attention"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window attention"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
         ({"num_experts": 4}, "key num_experts_per_tok"),
     ],

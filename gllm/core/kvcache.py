@@ -109,7 +109,11 @@ class BlockPool:
         self.version += 1
 
     def forget(self, blocks: Iterable[int]) -> None:
-        """Unpublish what these blocks hold (their computation failed); they keep their holders."""
+        """Unpublish what these blocks hold, their computation having failed.
+
+        A block that somebody else has hit since stays findable while it has holders: whoever drives
+        the engine ends them too, for their steps read what was never written.
+        """
         for block in blocks:
             if block in self._hash_of and self._references[block] == 1:
                 del self._block_of[self._hash_of.pop(block)]

@@ -20,6 +20,7 @@ class Chunk(NamedTuple):
     start: int
     num_tokens: int
     final: bool  # completes the prompt, so a token is sampled
+    previous: int  # the plan of its last token, if this recomputes after a preemption; else NEVER
 
 
 class Joined(NamedTuple):

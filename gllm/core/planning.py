@@ -133,7 +133,7 @@ def _commit_chunks(state: State, plan: Plan, prefill: Seq[tuple[Sequence, int]])
         final = end == sequence.target
         if final:
             _complete_prompt(state, plan, sequence)
-        chunks.append(Chunk(sequence, start, count, final))
+        chunks.append(Chunk(sequence, start, count, final, sequence.last_token_plan))
         tokens += count
         pairs += count * start + count * (count + 1) // 2
         context += end

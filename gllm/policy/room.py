@@ -12,6 +12,14 @@ if TYPE_CHECKING:
 Chunks = list[tuple["SequenceView", int]]
 
 
+def check_budget(token_budget: int, watermark: float) -> None:
+    """Raise ValueError unless both make sense."""
+    if token_budget < 1:
+        raise ValueError(f"token_budget is {token_budget}; it must be at least 1")
+    if not 0 <= watermark < 1:
+        raise ValueError(f"watermark is {watermark}; it must be a share of the cache, 0 to below 1")
+
+
 def fill(view: View, order: Order, budget: int, *, num_decode: int = 0, watermark: float = 0.0) -> Chunks:
     """Chunks of up to `budget` prompt tokens: half-done prompts first, then waiting ones in `order`.
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from gllm.core import Batch, Order
 from gllm.policy.order import Fcfs
-from gllm.policy.room import fill, make_room, nothing_to_plan
+from gllm.policy.room import check_budget, fill, make_room, nothing_to_plan
 
 if TYPE_CHECKING:
     from gllm.core import Decision, Limits, View
@@ -22,10 +22,7 @@ class Sarathi:
     order: Order = Fcfs()
 
     def __post_init__(self) -> None:
-        if self.token_budget < 1:
-            raise ValueError(f"token_budget is {self.token_budget}; it must be at least 1")
-        if not 0 <= self.watermark < 1:
-            raise ValueError(f"watermark is {self.watermark}; it must be a share of the cache, 0 to below 1")
+        check_budget(self.token_budget, self.watermark)
 
     def decide(self, view: View) -> Decision:
         """Decodes, then chunks."""

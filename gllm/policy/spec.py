@@ -44,6 +44,8 @@ def parse_spec(spec: str, policies: Mapping[str, Callable[..., Policy]], orders:
         key, equals, text = option.partition("=")
         if not equals or key not in defaults:
             raise ValueError(f"policy {name}: unknown option {option!r}; known: {', '.join(defaults)}")
+        if key in values:
+            raise ValueError(f"policy {name}: {key} is given twice")
         values[key] = text
     try:
         return make(**{key: _convert(key, text, defaults[key], orders) for key, text in values.items()})

@@ -87,7 +87,7 @@ class Throttle:
         chunks = []
         if view.num_waiting_tokens:
             budget = self.prefill_tokens(view.num_waiting_tokens, view.kv_free)
-            if not budget and not view.num_decoding:
+            if not (budget or view.num_decoding or view.num_in_flight):
                 budget = self.min_prefill  # nothing else would ever free the cache
             chunks = fill(view, self.order, budget, num_decode=num_decode)
         if not num_decode and not chunks:

@@ -3,12 +3,13 @@
     {"t":ns,"done":[[plan,[[id,reason],...]],...],"arrived":[id,...],"aborted":[id,...],
      "plans":[decision,...],"events":[[name,...],...],"wait":reason,"until":ns}
 
-    decision  {"plan":id,"prefill":[[id,start,num_tokens],...],"decode":num_tokens,"joined":[id,...],
+    decision  {"plan":id,"prefill":[[id,start,num_tokens],...],"decode":num_tokens,"previous":id,"joined":[id,...],
                "left":[id,...],"grown":[[id,block],...],"preempted":[id,...],"free":num_blocks}, then "saw":{...}
 
-A decision holds no time, so that runs that decide alike have equal digests whatever their clocks said: the SHA-256
-covers the decisions alone, in order, each as above and followed by a newline. What the policy saw ("saw", in a log
-whose engine keeps snapshots) is not covered; "until" is there only where the policy waits for a time.
+The decoding members of a plan are those of plan "previous", less "left", plus "joined" (less those whose length
+ended with it). A decision holds no time, so that runs that decide alike have equal digests whatever their clocks said:
+the SHA-256 covers the decisions alone, in order, each as above and followed by a newline. What the policy saw ("saw",
+in a log whose engine keeps snapshots) is not covered; "until" is there only where the policy waits for a time.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def decision_line(plan: Plan) -> str:
     left = _numbers(plan.left)
     grown = ",".join([f"[{sequence.id},{block}]" for sequence, block in plan.grown])
     return (
-        f'{{"plan":{plan.id},"prefill":[{prefill}],"decode":{plan.num_decode_tokens},"joined":[{joined}],'
+        f'{{"plan":{plan.id},"prefill":[{prefill}],"decode":{plan.num_decode_tokens},"previous":{plan.previous},"joined":[{joined}],'
         f'"left":[{left}],"grown":[{grown}],"preempted":[{_numbers(plan.preempted)}],"free":{plan.num_free_blocks}}}'
     )
 

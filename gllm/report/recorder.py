@@ -101,25 +101,36 @@ class Recorder:
             costs_ns: how long each stage computed.
         """
         num_decode = plan.num_decode_tokens
+        if plan.joined:
+            num_decode -= self._note_gaps(plan, done_ns)
         self._batches += self._row(
             dispatched_ns,
             plan.num_prefill_tokens,
-            num_decode,
+            plan.num_decode_tokens,
             plan.num_free_blocks,
             *queue,
             plan.previous,
-            num_decode - len(plan.joined),
+            num_decode,
             done_ns,
             plan.num_discarded,
             *ends_ns,
             *costs_ns,
         )
-        if plan.joined:
-            for joined in plan.joined:
+        for chunk in plan.chunks:
+            if chunk.final and chunk.previous != NEVER:  # the sequence itself may have been preempted again by now
+                self._gaps.extend((chunk.previous, plan.id))
+
+    def _note_gaps(self, plan: Plan, done_ns: int) -> int:
+        """Note the gaps of those that joined; return how many of them the shared gap must not count.
+
+        Who had stopped before, planned ahead, has no gap, and is among the batch's discarded tokens.
+        """
+        num_gaps = 0
+        for joined in plan.joined:
+            if self._finish[joined.sequence.id] < 0 or self._finish[joined.sequence.id] >= done_ns:
                 self._gaps.extend((joined.previous, plan.id))
-        for sequence in plan.prefilled:
-            if sequence.last_token_plan != NEVER:  # recomputed after a preemption
-                self._gaps.extend((sequence.last_token_plan, plan.id))
+                num_gaps += 1
+        return num_gaps
 
     def record(
         self,

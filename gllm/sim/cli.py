@@ -6,6 +6,7 @@ Only argparse is imported until a command runs, so that --help is instant.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
     """Parse and carry out; whatever the user can mend ends in one line and a status, without a traceback."""
     args = parser.parse_args(argv)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         status: int = args.command(args)
         sys.stdout.flush()
@@ -54,6 +56,11 @@ def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
         if not status:
             raise
     return status
+
+
+def _terminate(number: int, _: object) -> NoReturn:
+    """Leave as an exception does, so that nothing half-written stays behind."""
+    sys.exit(128 + number)
 
 
 def explain(error: Exception) -> int:

@@ -87,6 +87,7 @@ class SimConfig:
                 memory_utilization=self.gpu_memory_utilization,
                 block_size=self.block_size,
                 max_batch_tokens=min(policy.max_batch_tokens(longest), MAX_SIZED_TOKENS),
+                kv_dtype_bytes=shape.dtype_bytes,
             )
         limits = self._limits(max_model_len, num_blocks)
         return Setup(config=self, shape=shape, gpu=gpu, policy=policy, limits=limits, cost=cost)

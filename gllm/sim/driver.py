@@ -91,6 +91,10 @@ class Simulation:
         if self._pending or not self._flights:
             self._turn(instant.at, ())
 
+    def _ask_again(self, instant: Instant) -> None:
+        """The policy asked to be woken now, whatever is on the road."""
+        self._turn(instant.at, ())
+
     def _return(self, instant: Instant) -> None:
         plan, costs, stopped, dispatched, queue = self._flights.popleft()
         now = instant.at
@@ -110,7 +114,7 @@ class Simulation:
         for plan in turn.plans:
             self._dispatch(plan, now)
         if turn.wait.until_ns is not None:
-            Instant(self.env, turn.wait.until_ns, WAKE, self._wake)
+            Instant(self.env, turn.wait.until_ns, WAKE, self._ask_again)
 
     def _dispatch(self, plan: Plan, now: int) -> None:
         view = self._view

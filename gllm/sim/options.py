@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 DEFAULT_STAGES = 4
 
 
+MOST = 100_000_000
+"""The largest count taken: beyond it are typing errors, and more memory than there is."""
+
+
 def whole(low: int) -> Callable[[str], int]:
     """A parser of whole numbers from `low`."""
 
@@ -25,8 +29,8 @@ def whole(low: int) -> Callable[[str], int]:
             number = int(text)
         except ValueError:
             number = low - 1
-        if number < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        if not low <= number <= MOST:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low} and at most {MOST:,}")
         return number
 
     return parse
@@ -87,7 +91,7 @@ def add_trace_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--format", help="the file's format; default: told from its first line")
     group.add_argument("--rate-scale", type=positive, default=1.0, metavar="X", help="arrivals X times as fast")
     group.add_argument("--window", metavar="START:END", help="only requests that arrive then, in seconds")
-    group.add_argument("--limit", type=whole(1), metavar="ROWS", help="only the first rows")
+    group.add_argument("--limit", type=whole(1), metavar="ROWS", help="only the first rows, cut before --window")
     group.add_argument(
         "--repeat", type=whole(0), default=1, metavar="N", help="the rows N times over; 0: up to --limit"
     )
@@ -232,7 +236,7 @@ def _constant(field: Field[float], text: str) -> float:
         value = kind(text)
     except ValueError:
         value = kind(-1)
-    if value < 0 or (kind is float and not 0 < value <= 1):
-        wanted = "a share of the peak, above 0 and at most 1" if kind is float else "a whole number of at least 0"
+    if not 0 <= value <= 10**12 or (kind is float and not 0 < value <= 1):
+        wanted = "a share of the peak, above 0 and at most 1" if kind is float else "a whole number, 0 to 10^12"
         raise ValueError(f"--cost {field.name}={text}: must be {wanted}")
     return value

@@ -67,6 +67,7 @@ def _foreign(out: Path, own: frozenset[str]) -> Iterator[Path]:
 
 def _make_aside(out: Path) -> tuple[Path, list[Path]]:
     """The folder to write into, inside `out`, and those that had to be made on the way to it."""
+    _sweep(out)
     missing = [folder for folder in (out, *out.parents) if not folder.exists()][::-1]
     made: list[Path] = []
     aside = out / f"{_ASIDE}{os.getpid()}"
@@ -79,6 +80,24 @@ def _make_aside(out: Path) -> tuple[Path, list[Path]]:
         _unmake(aside, made)
         raise ValueError(f"--out {out}: cannot be written ({error.strerror}); name another folder") from None
     return aside, made
+
+
+def _sweep(out: Path) -> None:
+    """Remove what a command left that was killed outright."""
+    for folder in out.glob(f"{_ASIDE}*"):
+        process = folder.name.removeprefix(_ASIDE)
+        if process.isdigit() and not _is_alive(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _unmake(aside: Path, made: list[Path]) -> None:

@@ -56,7 +56,8 @@ class Pipeline(Protocol):
             costs_ns: how long each stage computes.
             transfer_ns: from one stage to the next.
             return_ns: from the last stage back to the engine.
-            after: the batch whose sampled tokens stage 0 needs, if it may still be on the road; else -1.
+            after: the batch whose sampled tokens stage 0 needs, if it may still be on the road; else -1. With one
+                stage they are on its GPU already, with more they come back by way of the engine.
             done: what to call when the result is back.
         """
 
@@ -77,7 +78,7 @@ class RecurrencePipeline:
         """Enter the next micro-batch."""
         time = ready_ns
         if after >= 0 and after >= self._count - len(self._exits):
-            time = max(time, self._exits[after - self._count] + transfer_ns)
+            time = max(time, self._exits[after - self._count] + (return_ns if len(self._ends) > 1 else 0))
         ends = []
         for cost, end in zip(costs_ns, self._ends, strict=True):
             if end > time:  # noqa: PLR1730 - the hottest loop of all: a call of max() costs more than the rest
@@ -117,7 +118,7 @@ class ProcessPipeline:
             arrival = job.ready_ns if stage == 0 else job.ends[-1] + job.transfer_ns
             if stage == 0 and job.token is not None:
                 exit_ns = yield job.token
-                arrival = max(arrival, exit_ns + job.transfer_ns)
+                arrival = max(arrival, exit_ns + (job.return_ns if len(self._queues) > 1 else 0))
             yield env.timeout(max(0, arrival - env.now))
             yield env.timeout(job.costs_ns[stage])
             job.ends.append(int(env.now))

@@ -19,7 +19,7 @@ from gllm.sim.cli import main
 from gllm.sim.options import split_policies
 from gllm.sim.output import RUN_FILES
 
-PUBLIC = Path(__file__).resolve().parents[3] / "shared" / "traces"
+PUBLIC = Path(os.environ.get("GLLM_TRACES", Path(__file__).resolve().parents[3] / "shared" / "traces"))
 FAST = ["--model", "qwen3-0.6b", "--pp", "2", "--limit", "20"]
 HEADER = "arrived_at,num_prefill_tokens,num_decode_tokens\n"
 
@@ -339,3 +339,25 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path, command):
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (130, "", "gllm: interrupted\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_terminated_replay_leaves_nothing(tmp_path):
+    words = ["chat", "--model", "qwen3-0.6b", "--repeat", 40, "--rate-scale", 9, "--out", tmp_path / "new"]
+    process = python("-m", "gllm.sim", "replay", *words)
+    while not (tmp_path / "new").exists():
+        assert process.poll() is None
+        time.sleep(0.02)
+    process.terminate()
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_command_left_is_swept(capsys, tmp_path):
+    ended = python("-c", "")
+    ended.communicate()
+    left = tmp_path / f".gllm.{ended.pid}"
+    left.mkdir()
+    (left / "report.json").write_text("{")
+    assert call(capsys, "replay", "chat", *FAST, "--out", tmp_path)[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == RUN_FILES

@@ -11,7 +11,7 @@ from gllm.core import StepResult, Stopped, Turn, Wait, WaitReason
 from gllm.report.decision_log import LOG_NAME, DecisionLog, canonical, read_decisions, read_log
 from gllm.sim.cost import FixedCost
 
-KEYS = ["plan", "prefill", "decode", "joined", "left", "grown", "preempted", "free"]
+KEYS = ["plan", "prefill", "decode", "previous", "joined", "left", "grown", "preempted", "free"]
 
 
 def logged(path, arrivals, **options):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PUBLIC = ROOT.parent / "shared" / "traces"
+PUBLIC = Path(os.environ.get("GLLM_TRACES", ROOT.parent / "shared" / "traces"))
 
 
 def _import_samples_from_checkout():

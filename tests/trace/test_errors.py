@@ -79,6 +79,12 @@ BAD_FILES = {
     "NaN in JSON": (OWN + f'{{{ROW},"extra":{{"x":NaN}}}}', "row 2: is not JSON: NaN is not a finite number"),
     "infinity in JSON": (OWN + f'{{{ROW},"extra":{{"x":1e999}}}}', "1e999 is not a finite number"),
     "not an object": (OWN + "[1]", "row 2: is [1]; every line must be a JSON object"),
+    "ids of two sizes": (
+        OWN
+        + f'{{"arrival_ns":0,{ROW},"hash_ids":[1],"hash_block_size":16}}\n'
+        + f'{{"arrival_ns":0,{ROW},"hash_ids":[1],"hash_block_size":512}}',
+        "hash_block_size is 512, above it another",
+    ),
     "ids without size": (OWN + f'{{"arrival_ns":0,{ROW},"hash_ids":[1]}}', "neither it nor the header says"),
     "backward run": (OWN + f'{{"arrival_ns":0,{ROW},"hash_ids":[[4,1]]}}', "list of integers and of runs"),
     "endless run": (OWN + f'{{"arrival_ns":0,{ROW},"hash_ids":[[0,9999999]]}}', "list of integers and of runs"),

@@ -137,7 +137,7 @@ def test_rows_out_of_order_are_sorted_and_counted(trace_file):
     assert trace.notes == ("rows that came before their predecessor, now sorted by arrival: 2 of 4",)
 
 
-@pytest.mark.parametrize("content", [MOONCAKE.encode(), gzip.compress(MOONCAKE.encode())])
+@pytest.mark.parametrize("content", [MOONCAKE.encode(), gzip.compress(MOONCAKE.encode())], ids=["plain", "zipped"])
 def test_standard_input(monkeypatch, content):
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BufferedReader(io.BytesIO(content))))
     trace = load_trace("-")

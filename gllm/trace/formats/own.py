@@ -35,12 +35,17 @@ class OwnFormat:
     def read(self, lines: Iterator[str]) -> Iterator[TraceRequest]:
         """All rows below the header."""
         defaults = _defaults(json_object(next(lines)))
+        sizes = set()
         for line in lines:
             row = json_object(line)
             _check_keys(row, _FIELDS, _REQUIRED)
             request = TraceRequest(**{**defaults, **{key: _FIELDS[key](value, key) for key, value in row.items()}})
             if request.hash_ids and not request.hash_block_size:
                 raise TraceError("has hash_ids, but neither it nor the header says hash_block_size")
+            if request.hash_ids:
+                sizes.add(request.hash_block_size)
+            if len(sizes) > 1:
+                raise TraceError(f"hash_block_size is {request.hash_block_size}, above it another; ids need one size")
             yield request
 
 
