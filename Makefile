@@ -9,6 +9,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable
 BASE := $(VENV)/.base-installed
 DEV := $(VENV)/.dev-installed
 FAST := $(VENV)-compiled
+FAST_PIP := $(FAST)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -48,8 +49,8 @@ golden: $(DEV) ## Write the golden decision logs anew (CONTRIBUTING.md says when
 
 compiled: $(DEV) ## Build the package with its hot modules compiled, in an environment of its own
 	@test -d $(FAST) || $(PYTHON) -m venv $(FAST)
-	@$(FAST)/bin/python -m pip --disable-pip-version-check install --quiet 'setuptools>=77' wheel mypy pytest -c constraints.txt
-	@GLLM_COMPILE=1 $(FAST)/bin/python -m pip --disable-pip-version-check install --quiet --no-build-isolation . -c constraints.txt
+	@$(FAST_PIP) 'setuptools>=77' wheel mypy pytest . -c constraints.txt
+	@GLLM_COMPILE=1 $(FAST_PIP) --no-build-isolation --no-deps --force-reinstall .
 	@rm -rf build
 	$(FAST)/bin/pytest tests/sim/test_golden.py
 	@echo "ready: $(FAST)/bin/gllm"
