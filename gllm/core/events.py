@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 
-class Scheduled(NamedTuple):
+@dataclass(slots=True)
+class Scheduled:
     """First admitted; so many prompt tokens were found in the prefix cache."""
 
     id: int
     num_cached_tokens: int
 
 
-class FirstToken(NamedTuple):
+@dataclass(slots=True)
+class FirstToken:
     """The first output token is known."""
 
     id: int
 
 
-class Preempted(NamedTuple):
+@dataclass(slots=True)
+class Preempted:
     """Lost its cache; will be recomputed. No token is lost."""
 
     id: int
 
 
-class Finished(NamedTuple):
+@dataclass(slots=True)
+class Finished:
     """Ended with "stop", "length", "abort" or "error" after so many output tokens."""
 
     id: int
@@ -32,7 +36,8 @@ class Finished(NamedTuple):
     num_output_tokens: int
 
 
-class Rejected(NamedTuple):
+@dataclass(slots=True)
+class Rejected:
     """Can never be served; `reason` says why and how to mend it."""
 
     id: int

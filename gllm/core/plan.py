@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from gllm.core.request import NEVER, Sequence
 
@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from gllm.core.rotation import DecodeGroup
 
 
-class Chunk(NamedTuple):
+@dataclass(slots=True)
+class Chunk:
     """Prompt tokens [start, start + num_tokens) of one sequence."""
 
     sequence: Sequence
@@ -23,7 +24,8 @@ class Chunk(NamedTuple):
     previous: int  # the plan of its last token, if this recomputes after a preemption; else NEVER
 
 
-class Joined(NamedTuple):
+@dataclass(slots=True)
+class Joined:
     """A sequence that steps with this group for the first time."""
 
     sequence: Sequence
@@ -76,7 +78,8 @@ class Plan:
         return f"Plan({self.id}: {self.num_prefill_tokens} prefill + {self.num_decode_tokens} decode tokens)"
 
 
-class Stopped(NamedTuple):
+@dataclass(slots=True)
+class Stopped:
     """A sequence that a result ends: "stop" after the token it just got, "error" at any time.
 
     `block_hashes` chains over prompt and output, where the shell knows it, make the output reusable.

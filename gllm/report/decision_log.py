@@ -19,22 +19,24 @@ import hashlib
 import json
 import os
 import zlib
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Self, get_args
 
-from gllm.core import Snapshot
+from gllm.core import Event, Snapshot
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from pathlib import Path
     from types import TracebackType
 
-    from gllm.core import Event, Plan, Request, StepResult, Turn
+    from gllm.core import Plan, Request, StepResult, Turn
 
 LOG_NAME = "iterations.jsonl.gz"
 _LEVEL = 1  # of compression: level 6 takes three times as long for a quarter less
 _MANY = 512  # lines that are compressed at once
 
 _SAW = ',"saw":{' + ",".join(f'"{name}":%d' for name in Snapshot._fields) + "}"
+_FIELDS = {kind: [field.name for field in fields(kind)] for kind in get_args(Event)}
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, check_circular=False).encode
 
 
@@ -196,4 +198,4 @@ def _result(result: StepResult) -> str:
 
 
 def _events(events: Iterable[Event]) -> str:
-    return _encode([(type(event).__name__, *event) for event in events])
+    return _encode([[type(event).__name__, *map(event.__getattribute__, _FIELDS[type(event)])] for event in events])

@@ -145,11 +145,12 @@ class Simulation:
     def _watch(self, plan: Plan, group: DecodeGroup) -> None:
         """Note at which step of the group its new members will stop."""
         notes = group.notes
-        for sequence, previous, num_output_tokens in plan.joined:
-            left = self._true_length[sequence.id] - num_output_tokens
+        for joined in plan.joined:
+            sequence = joined.sequence
+            left = self._true_length[sequence.id] - joined.num_output_tokens
             if left > 0:
                 notes.setdefault(plan.step + left - 1, []).append(sequence)
             else:  # planned ahead: it stops with its previous step, which is still on the road
-                stopped = self._flights[previous - self._flights[0][0].id][2]
+                stopped = self._flights[joined.previous - self._flights[0][0].id][2]
                 if all(entry.id != sequence.id for entry in stopped):
                     stopped.append(Stopped(sequence.id))

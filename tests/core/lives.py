@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 
 from gllm.core import NEVER, Finished, FirstToken, Preempted, Rejected, Request, Scheduled
 
@@ -82,7 +82,7 @@ class Ledger:
         self.returned = []
 
     def check_events(self, events):
-        said = [tuple(event) for event in events]
+        said = [astuple(event) for event in events]
         got = []
         for event, values in zip(events, said, strict=True):
             kind = type(event)
@@ -148,7 +148,7 @@ class Ledger:
         )
         for key, life in lives.items():
             if key in joined:
-                assert joined[key][1:] == (life.token_plan, life.planned)
+                assert (joined[key].previous, joined[key].num_output_tokens) == (life.token_plan, life.planned)
             else:
                 assert plan.previous == life.token_plan
             self._check_timing(plan, life)
@@ -209,7 +209,6 @@ def summary(turn, members):
     return {
         "plans": [_plain(plan, members) for plan in turn.plans],
         "events": list(turn.events),
-        "kinds": [type(event) for event in turn.events],  # `Preempted(1) == FirstToken(1)`: both are tuples
         "wait": turn.wait,
     }
 
@@ -219,7 +218,7 @@ def _plain(plan, members):
         "id": plan.id,
         "chunks": [(chunk.sequence.id, chunk.start, chunk.num_tokens, chunk.final) for chunk in plan.chunks],
         "decode": members.get(plan.id, []),
-        "joined": [(sequence.id, *rest) for sequence, *rest in plan.joined],
+        "joined": [(entry.sequence.id, entry.previous, entry.num_output_tokens) for entry in plan.joined],
         "grown": [(sequence.id, block) for sequence, block in plan.grown],
         "context": (plan.prefill_pairs, plan.prefill_context, plan.decode_context),
         "free": plan.num_free_blocks,
