@@ -106,11 +106,17 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty"]
+    """The commit measured; "-dirty" if the tree differs from it in more than these results."""
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603
+        commit = _git("describe", "--always")
+        changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
     except (OSError, subprocess.CalledProcessError):
         return None
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(*words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603, S607
     return done.stdout.strip()
 
 
