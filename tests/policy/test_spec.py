@@ -52,6 +52,7 @@ def test_good_specs(spec, policy):
         ("sarathi:watermark=1", "watermark is 1.0; it must be a share of the cache"),
         ("prefill_first:watermark=-0.1", "watermark is -0.1; it must be a share of the cache"),
         ("sarathi:watermark=half", "watermark=half: give a number, such as 0.01"),
+        ("throttle:wt=true,wt=false", "policy throttle: wt is given twice"),
         ("throttle:wt=maybe", "wt=maybe: choose one of true, false"),
         ("throttle:order=lifo", "order=lifo: choose one of fcfs, priority, sjf, lpm, edf"),
         ("throttle:kv_threshold=2", "policy throttle: kv_threshold is 2.0; it must be a share"),
