@@ -27,8 +27,7 @@ class PrefillFirst:
 
     def decide(self, view: View) -> Decision:
         """Prompts if any fits, decodes otherwise."""
-        longest = max(self.token_budget, view.limits.max_tokens_per_sequence)
-        prompts = whole_prompts(view, self.order, longest, self.token_budget, self.watermark)
+        prompts = whole_prompts(view, self.order, self.token_budget, self.watermark)
         if prompts:
             return Batch(prompts)
         if not view.num_ready:
@@ -40,8 +39,9 @@ class PrefillFirst:
         return max(self.token_budget, limits.max_tokens_per_sequence, limits.max_num_seqs)
 
 
-def whole_prompts(view: View, order: Order, longest: int, budget: int, watermark: float) -> Chunks:
+def whole_prompts(view: View, order: Order, budget: int, watermark: float) -> Chunks:
     """Waiting prompts that fit whole into `budget` tokens; a longer one goes alone."""
+    longest = max(budget, view.limits.max_tokens_per_sequence)
     chunks = fill(view, order, longest, watermark=watermark)
     total = 0
     for index, (sequence, count) in enumerate(chunks):

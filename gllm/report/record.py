@@ -42,7 +42,7 @@ BATCH_DTYPE = np.dtype(
         ("num_waiting", np.int64),
         ("num_running", np.int64),
         ("previous", np.int64),  # batch in which the continuing decodes took their last step
-        ("num_continuing", np.int64),  # decodes that were in `previous` too: inter-token gaps of equal length
+        ("num_continuing", np.int64),  # decodes whose gap since `previous` is one and the same; discarded ones included
     ]
 )
 """One row a micro-batch, in order of dispatch; the row number is the plan's id."""

@@ -127,7 +127,8 @@ class Recorder:
         """
         num_gaps = 0
         for joined in plan.joined:
-            if self._finish[joined.sequence.id] < 0 or self._finish[joined.sequence.id] >= done_ns:
+            finish_ns = self._finish[joined.sequence.id]
+            if finish_ns < 0 or finish_ns >= done_ns:
                 self._gaps.extend((joined.previous, plan.id))
                 num_gaps += 1
         return num_gaps

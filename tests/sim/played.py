@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from random import Random
 
+from sim.costs import FixedCost
+
 from gllm.core import Engine, Limits, Request
 from gllm.policy import parse_policy
 from gllm.report.recorder import Recorder
-from gllm.sim.cost import FixedCost
 from gllm.sim.driver import Arrival, Simulation
 from gllm.sim.pipeline import RecurrencePipeline
 

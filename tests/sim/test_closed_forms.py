@@ -6,9 +6,9 @@ from statistics import mean, stdev
 
 import numpy as np
 import pytest
+from sim.costs import FixedCost
 from sim.played import Played, arrival, play
 
-from gllm.sim.cost import FixedCost
 from gllm.trace import parse_arrivals
 
 NS = 1_000_000_000

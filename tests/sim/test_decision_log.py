@@ -5,11 +5,11 @@ import hashlib
 import json
 
 import pytest
+from sim.costs import FixedCost
 from sim.played import POLICY_SPECS, Played, arrival, tied_traffic
 
 from gllm.core import StepResult, Stopped, Turn, Wait, WaitReason
 from gllm.report.decision_log import LOG_NAME, DecisionLog, canonical, read_decisions, read_log
-from gllm.sim.cost import FixedCost
 
 KEYS = ["plan", "prefill", "decode", "previous", "joined", "left", "grown", "preempted", "free"]
 

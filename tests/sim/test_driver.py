@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+from sim.costs import FixedCost
 from sim.played import POLICY_SPECS, Played, arrival, tied_traffic
 
 from gllm.core import Engine, Limits, Wait, WaitReason
 from gllm.policy import ORDERS, Fcfs, Sarathi
 from gllm.report.metrics import summarize
 from gllm.report.recorder import Recorder
-from gllm.sim.cost import FixedCost
 from gllm.sim.driver import Simulation
 
 MS = 1_000_000

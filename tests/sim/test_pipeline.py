@@ -2,9 +2,9 @@
 
 import pytest
 import simpy
+from sim.costs import FixedCost
 from sim.played import POLICY_SPECS, Events, Played, tied_traffic
 
-from gllm.sim.cost import FixedCost
 from gllm.sim.pipeline import ProcessPipeline, RecurrencePipeline
 
 TINY = {"num_blocks": 60, "block_size": 4, "max_num_seqs": 24}
