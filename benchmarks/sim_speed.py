@@ -33,9 +33,9 @@ from common import (
     write_results,
 )
 
+from gllm.parallel import Parallel
 from gllm.report.metrics import summarize
 from gllm.sim.config import SimConfig
-from gllm.sim.parallel import Parallel
 from gllm.sim.run import simulate
 
 if TYPE_CHECKING:

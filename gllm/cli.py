@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gllm.sim.cli import Parser, add_commands, run
+from gllm.console.parser import Parser, run
+from gllm.sim.cli import add_commands
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

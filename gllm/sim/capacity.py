@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gllm.model_shape import ModelShape
+    from gllm.parallel import Parallel, Stage
     from gllm.sim.gpus import Gpu
-    from gllm.sim.parallel import Parallel, Stage
 
 _MIB = 1024 * 1024
 _GIB = 1024 * _MIB

@@ -14,13 +14,13 @@ from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gllm.console.output import COMPARISON_FILES, staged
+from gllm.console.progress import show_progress
+from gllm.console.terminal import say, say_json, say_table, warn
 from gllm.policy import format_policy, parse_policy
 from gllm.report.decision_log import LOG_NAME
 from gllm.sim.options import sim_config, split_policies
-from gllm.sim.output import COMPARISON_FILES, staged
-from gllm.sim.progress import show_progress
 from gllm.sim.replay import config_trace, read_trace, rejections, setup_notes, tell
-from gllm.sim.terminal import say, say_json, say_table, warn
 from gllm.trace import TraceError
 from gllm.trace.shape import faster
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.process import BaseProcess
 
-    from gllm.sim.config import SimConfig, TraceOptions
-    from gllm.trace import Trace
+    from gllm.sim.config import SimConfig
+    from gllm.trace import Trace, TraceOptions
 
     Summary = dict[str, Any]
 

@@ -7,45 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 from gllm.core import Engine, Limits
 from gllm.model_shape import load_shape
+from gllm.parallel import Parallel
 from gllm.policy import ORDERS, format_policy, parse_policy
 from gllm.sim.capacity import kv_capacity
 from gllm.sim.constants import RooflineConstants
 from gllm.sim.gpus import get_gpu
-from gllm.sim.parallel import Parallel
 from gllm.sim.roofline import Roofline
-from gllm.trace import Trace, load_trace
 
 if TYPE_CHECKING:
     from gllm.core import Policy
     from gllm.model_shape import ModelShape
     from gllm.sim.cost import CostModel
     from gllm.sim.gpus import Gpu
+    from gllm.trace import TraceOptions
 
 MAX_SIZED_TOKENS = 16_384
 """Buffers are sized for micro-batches of at most so many tokens; an engine computes longer ones in slices."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TraceOptions:
-    """Which trace to replay and how to bend it; see `gllm.trace.load_trace`."""
-
-    source: str
-    format: str | None = None
-    rate_scale: float = 1.0
-    window: str | None = None
-    limit: int | None = None
-    repeat: int = 1
-    arrivals: str | None = None
-    seed: int = 0
-    max_total_tokens: int | None = None
-
-    def load(self) -> Trace:
-        """Read the trace.
-
-        Raises:
-            ValueError: One line: the file, the row, what is wrong, what to do.
-        """
-        return load_trace(**asdict(self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

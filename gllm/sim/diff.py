@@ -8,8 +8,8 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gllm.console.terminal import say, say_table
 from gllm.report.decision_log import canonical, read_decisions
-from gllm.sim.terminal import say, say_table
 
 if TYPE_CHECKING:
     from argparse import Namespace

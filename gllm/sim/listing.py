@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gllm.sim.terminal import say_table
+from gllm.console.terminal import say_table
 
 if TYPE_CHECKING:
     from argparse import Namespace

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gllm.console.output import RUN_FILES, staged
+from gllm.console.progress import show_progress
+from gllm.console.terminal import say, say_json, say_table, warn
 from gllm.report.decision_log import LOG_NAME
 from gllm.sim.options import sim_config
-from gllm.sim.output import RUN_FILES, staged
-from gllm.sim.progress import show_progress
 from gllm.sim.run import simulate
-from gllm.sim.terminal import say, say_json, say_table, warn
 
 if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Iterable, Iterator
 
-    from gllm.sim.config import Setup, SimConfig, TraceOptions
-    from gllm.trace import Trace
+    from gllm.sim.config import Setup, SimConfig
+    from gllm.trace import Trace, TraceOptions
 
     Summary = dict[str, Any]
 

@@ -22,17 +22,17 @@ from math import fsum, sqrt
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
+from gllm.parallel import Parallel
 from gllm.sim.constants import RooflineConstants
 from gllm.sim.cost import COMPONENTS
-from gllm.sim.parallel import Parallel
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from gllm.model_shape import ModelShape
+    from gllm.parallel import Stage
     from gllm.sim.cost import Work
     from gllm.sim.gpus import Gpu
-    from gllm.sim.parallel import Stage
 
 
 # Expected maximum of n standard normal deviates, n = 1 ... 16 (Harter, Biometrika 48, 1961, table 1).

@@ -8,6 +8,7 @@ from gllm.trace.arrivals import Arrivals, parse_arrivals
 from gllm.trace.errors import TraceError
 from gllm.trace.formats import FORMATS
 from gllm.trace.load import load_trace
+from gllm.trace.options import TraceOptions
 from gllm.trace.request import Trace, TraceRequest
 from gllm.trace.samples import Sample, list_samples
 from gllm.trace.write import trace_lines, write_trace
@@ -18,6 +19,7 @@ __all__ = [
     "Sample",
     "Trace",
     "TraceError",
+    "TraceOptions",
     "TraceRequest",
     "list_samples",
     "load_trace",

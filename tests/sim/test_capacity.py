@@ -5,9 +5,9 @@ from dataclasses import replace
 import pytest
 
 from gllm.model_shape import list_shapes, load_shape, shape_of_config
+from gllm.parallel import Parallel
 from gllm.sim.capacity import activation_bytes, block_bytes, kv_capacity, weight_bytes
 from gllm.sim.gpus import get_gpu
-from gllm.sim.parallel import Parallel
 
 H200 = get_gpu("h200")
 CONFIG = {

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from gllm.cli import main as gllm
+from gllm.console.output import RUN_FILES
 from gllm.core import Wait
 from gllm.sim.cli import main
 from gllm.sim.options import split_policies
-from gllm.sim.output import RUN_FILES
 
 PUBLIC = Path(os.environ.get("GLLM_TRACES", Path(__file__).resolve().parents[3] / "shared" / "traces"))
 FAST = ["--model", "qwen3-0.6b", "--pp", "2", "--limit", "20"]

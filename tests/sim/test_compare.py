@@ -6,12 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from gllm.console.output import RUN_FILES
+from gllm.parallel import Parallel
 from gllm.sim import compare as compare_module
 from gllm.sim.cli import main
 from gllm.sim.compare import Job, mean_rate, run_all
-from gllm.sim.config import SimConfig, TraceOptions
-from gllm.sim.output import RUN_FILES
-from gllm.sim.parallel import Parallel
+from gllm.sim.config import SimConfig
+from gllm.trace import TraceOptions
 
 FAST = ["--model", "qwen3-0.6b", "--pp", "2", "--limit", "20"]
 TRACE = TraceOptions(source="chat", limit=10).load()

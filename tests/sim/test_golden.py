@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from gllm.parallel import Parallel
 from gllm.report.decision_log import canonical, read_decisions
-from gllm.sim.config import SimConfig, TraceOptions
-from gllm.sim.parallel import Parallel
+from gllm.sim.config import SimConfig
 from gllm.sim.run import simulate
+from gllm.trace import TraceOptions
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 NUM_LINES = 300

@@ -3,8 +3,8 @@
 import pytest
 
 from gllm.model_shape import load_shape, shape_of_config
+from gllm.parallel import Parallel, Stage
 from gllm.sim.gpus import GPUS, get_gpu
-from gllm.sim.parallel import Parallel, Stage
 
 TINY = shape_of_config(
     {

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from sim.costs import BatchWork, FixedCost, batch_work
 
 from gllm.model_shape import load_shape, shape_of_config
+from gllm.parallel import Parallel
 from gllm.sim.constants import RooflineConstants
 from gllm.sim.cost import COMPONENTS
 from gllm.sim.gpus import Gpu, get_gpu
-from gllm.sim.parallel import Parallel
 from gllm.sim.roofline import Roofline, graph_size, missed_expert_table
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -280,7 +280,7 @@ def test_plausible_times_on_h200():
 def test_times_are_integers_and_equal_in_any_process():
     code = (
         "from gllm.model_shape import load_shape; from gllm.sim.gpus import get_gpu;"
-        "from gllm.sim.parallel import Parallel; from gllm.sim.roofline import Roofline;"
+        "from gllm.parallel import Parallel; from gllm.sim.roofline import Roofline;"
         f"import sys; sys.path.append({str(TESTS)!r}); from sim.costs import batch_work;"
         "m = Roofline(shape=load_shape('qwen3-30b-a3b'), gpu=get_gpu('h200'), parallel=Parallel(pp=4, tp=2, ep=2));"
         "print([list(m.stage_ns(batch_work(chunks=[(7, n)], contexts=[n] * n))) for n in (1, 33, 600)]);"

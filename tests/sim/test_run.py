@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 
 from gllm.core import StallError, Wait
+from gllm.parallel import Parallel
 from gllm.report.metrics import summarize
-from gllm.sim.config import MAX_SIZED_TOKENS, SimConfig, TraceOptions
+from gllm.sim.config import MAX_SIZED_TOKENS, SimConfig
 from gllm.sim.constants import RooflineConstants
-from gllm.sim.parallel import Parallel
 from gllm.sim.pipeline import ProcessPipeline
 from gllm.sim.run import arrivals, simulate
+from gllm.trace import TraceOptions
 
 CHAT = TraceOptions(source="chat", limit=40)
 SMALL = SimConfig(model="qwen3-0.6b", gpu="l4", parallel=Parallel(pp=2), trace=CHAT)

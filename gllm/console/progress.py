@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from threading import Event, Thread
 from typing import TYPE_CHECKING
 
-from gllm.sim.terminal import warn
+from gllm.console.terminal import warn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -1,0 +1,1 @@
+"""What the command lines of both shells share: parsing, what they say, and where their files go."""
