@@ -87,6 +87,10 @@ class Parallel:
                 f"--tp {self.tp} over --ep {self.ep} does not divide moe_intermediate_size "
                 f"{shape.moe_intermediate_size}; raise --ep"
             )
+        if shape.is_moe and shape.shared_expert_intermediate_size % self.tp:
+            raise ValueError(
+                f"--tp {self.tp} does not divide shared_expert_intermediate_size {shape.shared_expert_intermediate_size}"
+            )
 
     def layers_per_stage(self, num_layers: int) -> tuple[int, ...]:
         """Number of layers of each stage."""

@@ -16,10 +16,12 @@ _REPORT_S = 10.0
 
 
 @contextmanager
-def show_progress(total: int, count: Callable[[], int], *, what: str = "requests") -> Iterator[None]:
+def show_progress(
+    total: int, count: Callable[[], int], *, what: str = "requests", doing: str = "simulating"
+) -> Iterator[None]:
     """While the block runs, show `count()` of `total`: a bar on a terminal, else a line every ten seconds."""
     if sys.stderr.isatty():
-        with _bar(total, count, what):
+        with _bar(total, count, what, doing):
             yield
     else:
         with _lines(total, count, what):
@@ -27,7 +29,7 @@ def show_progress(total: int, count: Callable[[], int], *, what: str = "requests
 
 
 @contextmanager
-def _bar(total: int, count: Callable[[], int], what: str) -> Iterator[None]:
+def _bar(total: int, count: Callable[[], int], what: str, doing: str) -> Iterator[None]:
     from rich.console import Console  # noqa: PLC0415 - the command line starts without it
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn  # noqa: PLC0415
 
@@ -37,7 +39,7 @@ def _bar(total: int, count: Callable[[], int], what: str) -> Iterator[None]:
                 self.update(task.id, completed=count())
             return super().get_renderables()
 
-    columns = (TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TextColumn(what), TimeRemainingColumn())
     with Watching(*columns, console=Console(stderr=True), refresh_per_second=4, transient=True) as progress:
         progress.add_task("", total=total)
         yield

@@ -1,0 +1,253 @@
+"""`python -m gllm.runtime.engine`: the engine process. Started by a front end, it starts the workers."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, TypeVar
+
+import zmq
+
+from gllm.core import PlanError, StallError
+from gllm.policy import parse_policy
+from gllm.runtime import process
+from gllm.runtime.channels import Addresses, router, socket, watch_parent
+from gllm.runtime.engine.loop import EngineLoop
+from gllm.runtime.engine.recording import Recording
+from gllm.runtime.engine.task import EngineTask
+from gllm.runtime.errors import EngineDeadError, StartError
+from gllm.runtime.messages import (
+    Allocate,
+    Allocated,
+    Dead,
+    Finish,
+    Loading,
+    Ready,
+    Record,
+    StageTime,
+    StepDone,
+    Stop,
+    WorkerFailed,
+    WorkerReady,
+    decode_command,
+    decode_report,
+    encode,
+)
+from gllm.runtime.worker.task import WorkerTask
+
+if TYPE_CHECKING:
+    from gllm.runtime.config import RuntimeConfig
+    from gllm.runtime.messages import Notice, Order, Report, Step
+
+_R = TypeVar("_R", WorkerReady, Allocated)
+
+_POLL_MS = 200  # how often the workers' launcher is looked after
+_LAST_WORDS_S = 0.5  # for a worker that died, to say why
+_GOODBYE_S = 5.0
+
+
+class Workers:
+    """The engine's side of all workers."""
+
+    def __init__(
+        self, config: RuntimeConfig, context: zmq.Context[zmq.Socket[bytes]], address: str, folder: str
+    ) -> None:
+        self.num = config.num_workers
+        self.router, self.monitor = router(context, address)
+        self._names = [str(rank).encode() for rank in range(self.num)]
+        where = self.router.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._launcher = process.start("gllm.runtime.worker", WorkerTask(config, where, folder))
+
+    def dispatch(self, step: Step) -> None:
+        """Send a step to every worker."""
+        self.order(step)
+
+    def order(self, order: Order) -> None:
+        """Tell every worker the same."""
+        message = encode(order)
+        for name in self._names:
+            try:
+                self.router.send_multipart((name, message))
+            except zmq.ZMQError:
+                raise EngineDeadError(self.last_words()) from None
+
+    def receive(self) -> Report:
+        """The next report.
+
+        Raises:
+            EngineDeadError: It says that a worker failed.
+        """
+        report: Report = decode_report(self.router.recv_multipart()[1])
+        if isinstance(report, WorkerFailed):
+            raise (StartError if report.usage else EngineDeadError)(report.reason)
+        return report
+
+    def check(self, *, disconnected: bool) -> None:
+        """Raise `EngineDeadError` if a worker or the process that watches them is gone."""
+        if disconnected or self._launcher.poll() is not None:
+            raise EngineDeadError(self.last_words())
+
+    def last_words(self) -> str:
+        """Why a worker died, if it or its launcher still says so."""
+        deadline = time.monotonic() + _LAST_WORDS_S
+        while (left_ms := int(1000 * (deadline - time.monotonic()))) > 0:
+            if self.router.poll(left_ms):
+                report = decode_report(self.router.recv_multipart()[1])
+                if isinstance(report, WorkerFailed):
+                    return report.reason
+        return "a worker died"
+
+    def end(self) -> None:
+        """Let the workers end, or make them."""
+        try:
+            self.order(Stop())
+        except EngineDeadError:
+            self._launcher.kill()
+        process.end(self._launcher, _GOODBYE_S)
+
+    def kill(self) -> None:
+        """End the workers now."""
+        self._launcher.kill()
+        self._launcher.wait()
+
+
+class Server:
+    """Sockets around an `EngineLoop`."""
+
+    def __init__(self, task: EngineTask) -> None:
+        self._config = task.config
+        context = zmq.Context()
+        nodes = task.config.nodes
+        addresses = Addresses.within(Path(task.folder), nodes.host if nodes.num_nodes > 1 else "")
+        self._commands = socket(context, zmq.PULL, bind=addresses.commands)
+        self._notices = socket(context, zmq.PUSH, bind=addresses.notices)
+        self._notices.linger = 2000
+        self.workers = Workers(task.config, context, addresses.workers, task.folder)
+        self._recording: Recording | None = None
+
+    def tell(self, notice: Notice) -> None:
+        """Send the front end a notice."""
+        self._notices.send(encode(notice))
+
+    def serve(self) -> None:
+        """Start the workers, then take turns until the front end has had enough."""
+        loop = self._start()
+        gc.collect()
+        gc.freeze()
+        start = time.monotonic()
+        poller = zmq.Poller()
+        for sock in (self._commands, self.workers.router, self.workers.monitor):
+            poller.register(sock, zmq.POLLIN)
+        while True:
+            ready = dict(poller.poll(self._patience_ms(loop)))
+            self.workers.check(disconnected=self.workers.monitor in ready)
+            if self.workers.router in ready:
+                self._take_reports(loop)
+            if self._commands in ready and not self._take_commands(loop):
+                break
+            loop.run()
+        self._finish(loop, time.monotonic() - start)
+
+    @staticmethod
+    def _patience_ms(loop: EngineLoop) -> int:
+        due_ms = loop.timeout_ms()
+        return _POLL_MS if due_ms is None else min(due_ms, _POLL_MS)
+
+    def _take_reports(self, loop: EngineLoop) -> None:
+        while self.workers.router.poll(0):
+            report = self.workers.receive()
+            if isinstance(report, StepDone):
+                loop.done(report)
+                return  # one result, one turn: its successors can wait, the next step cannot
+            if isinstance(report, StageTime):
+                loop.stage_time(report)
+
+    def _take_commands(self, loop: EngineLoop) -> bool:
+        """Whether to go on."""
+        while self._commands.poll(0):
+            command = decode_command(self._commands.recv())
+            if isinstance(command, Finish):
+                return False
+            loop.command(command)
+        return True
+
+    def _finish(self, loop: EngineLoop, wall_s: float) -> None:
+        recording = self._recording
+        if recording is not None:
+            while not recording.is_whole:
+                self._take_reports(loop)
+            self.tell(Record(recording.pack(wall_s)))
+        else:
+            self.tell(Record(None))
+        self.workers.end()
+
+    def _start(self) -> EngineLoop:
+        config = self._config
+        model = config.check()
+        policy = parse_policy(config.policy)
+        readies = self._gather(WorkerReady, "workers have loaded the model")
+        num_blocks = config.num_blocks or min(ready.num_blocks for ready in readies)
+        limits = config.limits(num_blocks)
+        self.workers.order(Allocate(num_blocks))
+        self._gather(Allocated, "workers have made the cache")
+        if config.record is not None:
+            self._recording = Recording(limits, config.record)
+        loop = EngineLoop(policy, limits, model.eos_token_ids, self.workers, self.tell, self._recording)
+        self.tell(Ready(num_blocks, limits.max_tokens_per_sequence, readies[0].device))
+        return loop
+
+    def _gather(self, kind: type[_R], what: str) -> list[_R]:
+        """One report of this kind from every worker, in order of rank."""
+        found: dict[int, _R] = {}
+        while len(found) < self.workers.num:
+            if self.workers.router.poll(_POLL_MS):
+                report = self.workers.receive()
+                if isinstance(report, kind):
+                    found[report.rank] = report
+                    self.tell(Loading(f"{len(found)} of {self.workers.num} {what}"))
+            self.workers.check(disconnected=bool(self.workers.monitor.poll(0)))
+        return [found[rank] for rank in sorted(found)]
+
+    def vanish(self) -> NoReturn:
+        """End at once: nobody listens any more. The workers follow, when their launcher sees that we are gone."""
+        self.discard()
+        os._exit(1)
+
+    def discard(self) -> None:
+        """Leave no half-written record."""
+        if self._recording is not None:
+            self._recording.discard()
+
+
+def explain(error: Exception) -> Dead:
+    """What the front end should say."""
+    if os.environ.get("GLLM_TRACEBACK"):
+        traceback.print_exception(error)
+    if isinstance(error, (StartError, EngineDeadError, PlanError, StallError, ValueError)):
+        return Dead(str(error), isinstance(error, ValueError))
+    return Dead(f"the engine failed: {type(error).__name__}: {error} (GLLM_TRACEBACK=1 shows where)")
+
+
+def main() -> int:
+    """Serve; the exit status tells whether that ended well."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the front end's business
+    task = process.read_task(EngineTask)
+    server = Server(task)
+    watch_parent(server.vanish)
+    try:
+        server.serve()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the front end must hear of it
+        server.discard()
+        server.tell(explain(error))
+        server.workers.kill()
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

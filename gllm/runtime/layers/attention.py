@@ -1,0 +1,75 @@
+"""Self-attention over the paged cache.
+
+Shapes: T tokens, D hidden size, H query heads of this rank, K KV heads of this rank, E head dimension, R rotary pairs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from gllm_kernels.paged_attention import paged_attention
+from gllm_kernels.rotary import rotary
+from gllm_kernels.write_kv import write_kv
+from torch import nn
+
+from gllm.runtime.layers.linear import ColumnLinear, RowLinear, head_rows
+from gllm.runtime.layers.norm import RmsNorm
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from gllm.runtime.attention_batch import AttentionBatch, KVCache
+    from gllm.runtime.layers.sharded import Placement
+    from gllm.runtime.model_config import ModelConfig
+
+
+class Attention(nn.Module):
+    """Projections, optional norms of each head, rotary embedding, cache, attention, output projection."""
+
+    def __init__(self, config: ModelConfig, place: Placement) -> None:
+        super().__init__()
+        shape, self.interleaved = config.shape, config.rope.interleaved
+        self.head_dim, self.scale = shape.head_dim, shape.head_dim**-0.5
+        q_size = shape.num_heads * shape.head_dim
+        rows = [
+            head_rows("q", shape.num_heads, shape.head_dim, place.shard),
+            head_rows("k", shape.num_kv_heads, shape.head_dim, place.shard),
+            head_rows("v", shape.num_kv_heads, shape.head_dim, place.shard),
+        ]
+        self.qkv = ColumnLinear(shape.hidden_size, rows, bias=config.qkv_bias, place=place)
+        self.q_norm = RmsNorm(self.head_dim, eps=config.rms_norm_eps, place=place) if config.qk_norm else None
+        self.k_norm = RmsNorm(self.head_dim, eps=config.rms_norm_eps, place=place) if config.qk_norm else None
+        self.out = RowLinear(
+            q_size, shape.hidden_size, bias=config.o_bias, place=place, what="the width of all query heads"
+        )
+
+    def forward(self, x_TD: Tensor, rotation: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache) -> Tensor:
+        """Attend, after adding this micro-batch's keys and values to the cache.
+
+        Args:
+            x_TD: normed hidden states.
+            rotation: cosines and sines [T, R] of the tokens' angles.
+            batch: the micro-batch.
+            cache: this layer's cache; written.
+        """
+        q_THE, k_TKE, v_TKE = (
+            each.reshape(len(x_TD), -1, self.head_dim) for each in self.qkv(x_TD).split(self.qkv.sizes, dim=-1)
+        )
+        if self.q_norm is not None and self.k_norm is not None:
+            q_THE, k_TKE = self.q_norm(q_THE), self.k_norm(k_TKE)
+        q_THE, k_TKE = rotary(q_THE, k_TKE, *rotation, interleaved=self.interleaved)
+        write_kv(k_TKE, v_TKE, cache.keys, cache.values, batch.slot_mapping_T)
+        attended_THE = paged_attention(
+            q_THE,
+            cache.keys,
+            cache.values,
+            query_starts=batch.query_starts,
+            kv_lens_S=batch.kv_lens_S,
+            block_tables_SB=batch.block_tables_SB,
+            num_decodes=batch.num_decodes,
+            max_query_len=batch.max_query_len,
+            max_kv_len=batch.max_kv_len,
+            scale=self.scale,
+        )
+        out_TD: Tensor = self.out(attended_THE.flatten(1))
+        return out_TD

@@ -1,0 +1,49 @@
+"""A child process of ours: a module run by this Python, told what to do on its standard input.
+
+The pipe stays open for as long as the parent lives; when it closes, the child ends. So no process outlives the
+one that started it, however that one died. (multiprocessing's spawn would run the user's script again.)
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import msgspec
+
+_T = TypeVar("_T")
+
+
+def start(module: str, task: Any) -> subprocess.Popen[bytes]:  # noqa: ANN401 - any value that msgspec encodes
+    """Run `python -m module`; the child finds `task` with `read_task`."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    # What a child prints is for people: only the parent's own words are results.
+    child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
+        [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=2, env=environment
+    )
+    assert child.stdin is not None
+    child.stdin.write(msgspec.json.encode(task) + b"\n")
+    child.stdin.flush()
+    return child
+
+
+def read_task(kind: type[_T]) -> _T:
+    """What the parent wants done."""
+    # Unbuffered, and not through sys.stdin: a fork must inherit no lock of it.
+    with open(os.dup(0), "rb", buffering=0) as task:  # noqa: PTH123 - a descriptor
+        return msgspec.json.decode(task.readline(), type=kind)
+
+
+def end(child: subprocess.Popen[bytes], patience_s: float) -> int:
+    """Let a child end by itself, then make it; return its exit status."""
+    if child.stdin is not None:
+        with suppress(OSError):
+            child.stdin.close()
+    try:
+        return child.wait(patience_s)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        return child.wait()

@@ -1,0 +1,41 @@
+"""A model's tokenizer and its own wishes for sampling, from its folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+
+
+def load_tokenizer(folder: str) -> Any:  # noqa: ANN401 - transformers' own
+    """The tokenizer; None where the folder has none: then prompts and answers are token ids.
+
+    Raises:
+        ValueError: There is one, and it cannot be read.
+    """
+    if not any(Path(folder, name).is_file() for name in _FILES):
+        return None
+    from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds; the model loads meanwhile
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # noqa: BLE001 - it raises all kinds
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {reason})") from None
+
+
+def sampling_defaults(folder: str) -> dict[str, Any]:
+    """What generation_config.json says of sampling; without `do_sample`, that is to be greedy."""
+    path = Path(folder, "generation_config.json")
+    if not path.is_file():
+        return {}
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+    if config.get("do_sample") is False:
+        return {"temperature": 0.0}
+    return {name: config[name] for name in _SAMPLING if config.get(name) is not None}

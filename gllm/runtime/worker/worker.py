@@ -1,0 +1,163 @@
+"""One worker process: joins the others, loads its slices, then computes one step after another."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+import zmq
+
+from gllm.policy import parse_policy
+from gllm.runtime.channels import watch_connection, worker_socket
+from gllm.runtime.errors import StartError
+from gllm.runtime.messages import Allocate, Allocated, Step, WorkerFailed, WorkerReady, decode_order, encode
+from gllm.runtime.models import MODELS
+from gllm.runtime.weights import fill_with_dummy_weights, load_weights
+from gllm.runtime.worker.groups import connect
+from gllm.runtime.worker.memory import check_weights, room_for_blocks
+from gllm.runtime.worker.stage import Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gllm.runtime.config import RuntimeConfig
+    from gllm.runtime.messages import Order, Report
+    from gllm.runtime.model_config import ModelConfig
+
+    Tell = Callable[[Report], None]
+
+
+_LOOK_S = 0.2
+
+
+def work(config: RuntimeConfig, address: str) -> None:
+    """The whole life of a worker; torchrun's environment says which one it is. Never returns normally on an error."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not our parent's handler: die at once, whatever we wait for
+    _end_with_parent()
+    rank = int(os.environ["RANK"])
+    device = choose_device(config)
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.num_local_workers))
+    else:
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+    shared = [address]
+    dist.broadcast_object_list(shared, device=torch.device("cpu"))  # node 0 knows where its engine listens
+    line = worker_socket(zmq.Context(), shared[0], str(rank).encode())
+    watch_connection(line)
+
+    def report(report: Report) -> None:
+        line.send(encode(report))
+
+    try:
+        Worker(config, rank, device, report).run(lambda: decode_order(line.recv()))
+    except Exception as error:  # noqa: BLE001 - whatever it is, the engine must hear of it
+        if os.environ.get("GLLM_TRACEBACK"):
+            traceback.print_exception(error)
+        report(WorkerFailed(rank, *_explain(rank, error)))
+        line.close()
+        sys.exit(1)
+
+
+def choose_device(config: RuntimeConfig) -> torch.device:
+    """This worker's device."""
+    kind = config.device
+    if kind == "auto":
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device("cpu") if kind == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+
+
+def _explain(rank: int, error: Exception) -> tuple[str, bool]:
+    """A line, and whether the user can mend it."""
+    if isinstance(error, (ValueError, StartError)):
+        return str(error), True
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"worker {rank} ran out of memory; lower --gpu-memory-utilization or raise --tp or --pp", True
+    return f"worker {rank} failed: {type(error).__name__}: {error}", False
+
+
+def _end_with_parent() -> None:
+    """A worker whose launcher is gone has nobody to work for. A fork inherits pipes, so their ends tell nothing."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_LOOK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True, name="watch-launcher").start()
+
+
+class Worker:
+    """A rank's part of the model. It follows orders.
+
+    Raises:
+        ValueError: The model cannot be loaded; the message says why.
+    """
+
+    def __init__(self, config: RuntimeConfig, rank: int, device: torch.device, report: Tell) -> None:
+        self._config, self._rank, self._report = config, rank, report
+        self._stage: Stage | None = None
+        model, self._limits = config.check(), config.limits(num_blocks=1)
+        shard, self._neighbours = connect(config.parallel, model.shape.num_layers, rank)
+        dtype = choose_dtype(config, model, device)
+        check_weights(model.shape, shard, config, dtype.itemsize, device)
+        self._model = MODELS[model.architecture](model, shard, dtype, device)
+        if config.load_format == "dummy":
+            fill_with_dummy_weights(self._model, seed=config.seed)
+        else:
+            load_weights(self._model, Path(config.model))
+        self._model.eval()
+        max_batch_tokens = parse_policy(config.policy).max_batch_tokens(self._limits)
+        num_blocks = room_for_blocks(model.shape, shard, config, self._limits, max_batch_tokens, dtype, device)
+        report(WorkerReady(rank, num_blocks, describe(device)))
+
+    def run(self, receive: Callable[[], Order]) -> None:
+        """Follow orders until one says to stop."""
+        while True:
+            order = receive()
+            if isinstance(order, Step):
+                assert self._stage is not None
+                self._stage.run(order)
+            elif isinstance(order, Allocate):
+                self._allocate(order.num_blocks)
+            else:
+                return
+
+    def _allocate(self, num_blocks: int) -> None:
+        stage, tp_rank = divmod(self._rank, self._config.parallel.tp)
+        self._stage = Stage(
+            self._model,
+            self._neighbours,
+            stage=stage,
+            num_blocks=num_blocks,
+            block_size=self._config.block_size,
+            max_num_seqs=self._config.max_num_seqs,
+            max_model_len=self._limits.max_model_len,
+            report=self._report if tp_rank == 0 else None,
+        )
+        self._report(Allocated(self._rank))
+
+
+def choose_dtype(config: RuntimeConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+    """The numbers to compute with: as the model was trained, except that a CPU computes in float32."""
+    if config.dtype != "auto":
+        name: str = config.dtype
+    else:
+        name = "float32" if device.type == "cpu" else model.dtype
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def describe(device: torch.device) -> str:
+    """A device's name, for reports."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
