@@ -89,7 +89,8 @@ class Parallel:
             )
         if shape.is_moe and shape.shared_expert_intermediate_size % self.tp:
             raise ValueError(
-                f"--tp {self.tp} does not divide shared_expert_intermediate_size {shape.shared_expert_intermediate_size}"
+                f"--tp {self.tp} does not divide shared_expert_intermediate_size "
+                f"{shape.shared_expert_intermediate_size}"
             )
 
     def layers_per_stage(self, num_layers: int) -> tuple[int, ...]:

@@ -13,8 +13,11 @@ from gllm.report.decision_log import LOG_NAME
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-RUN_FILES = frozenset({"report.html", "report.json", "requests.csv", "timeline.json", LOG_NAME})
-"""What a replay leaves in its folder."""
+TRACE_NAME = "trace.jsonl.gz"
+"""The requests of a measured run as its engine saw them, in our own format."""
+
+RUN_FILES = frozenset({"report.html", "report.json", "requests.csv", "timeline.json", LOG_NAME, TRACE_NAME})
+"""What a replay leaves in its folder; the trace only if the run was measured."""
 
 COMPARISON_FILES = frozenset({"compare.html", "compare.json", "compare.csv", "runs"})
 """What a comparison leaves in its folder; `runs` holds a folder of `RUN_FILES` for each run."""

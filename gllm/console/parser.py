@@ -66,6 +66,13 @@ def explain(error: Exception) -> int:
         message, status = str(error), USAGE
     elif isinstance(error, (PlanError, StallError)):
         message, status = str(error), FAILED
+    elif isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("gllm"):
+        message, status = (
+            f"{error.name} is not installed; pip install 'gllm[runtime]' brings what serving needs",
+            FAILED,
+        )
+    elif type(error).__name__ == "EngineDeadError":  # the runtime's, which is not imported for this
+        message, status = str(error), FAILED
     else:
         return 0
     warn(f"error: {message}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import contextmanager
 from threading import Event, Thread
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _REPORT_S = 10.0
+_SELDOM_S = 5.0
 
 
 @contextmanager
@@ -26,6 +28,19 @@ def show_progress(
     else:
         with _lines(total, count, what):
             yield
+
+
+def tell_seldom(*, quiet: bool = False) -> Callable[[str], None]:
+    """For steps that take a moment or minutes: a line on standard error now and then, none if all is done soon."""
+    last = time.monotonic()
+
+    def tell(text: str) -> None:
+        nonlocal last
+        if not quiet and time.monotonic() - last > _SELDOM_S:
+            last = time.monotonic()
+            warn(text)
+
+    return tell
 
 
 @contextmanager

@@ -31,6 +31,10 @@ _NOTHING_READY = Wait(WaitReason.NOTHING_READY)
 _NO_WORK = Wait(WaitReason.NO_WORK)
 
 
+def _id_of(stopped: Stopped) -> int:
+    return stopped.id
+
+
 @dataclass(slots=True)
 class Turn:
     """What to do: dispatch `plans` in order, then wait for a result, an arrival or `wait.until_ns`."""
@@ -163,7 +167,8 @@ class Engine:
         plan = state.in_flight.popleft()
         if plan.prefilled:
             self._note_first_tokens(plan)
-        for entry in stopped:
+        # By id, so that blocks are freed in one order, whichever way a shell found out.
+        for entry in stopped if len(stopped) < 2 else sorted(stopped, key=_id_of):
             self._stop(entry)
         for sequence in plan.ending:
             if sequence.phase is not FINISHED:

@@ -5,7 +5,7 @@ To add one, write the file and name it in `POLICIES`; nothing else knows the lis
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gllm.policy import spec as _spec
 from gllm.policy.orca import Orca
@@ -49,6 +49,11 @@ def format_policy(policy: Policy) -> str:
     return _spec.format_spec(policy, POLICIES, ORDERS)
 
 
+def policy_options(policy: Policy) -> dict[str, Any]:
+    """Every option of a policy, defaults too; its order by name."""
+    return _spec.spec_options(policy, ORDERS)
+
+
 __all__ = [
     "ORDERS",
     "POLICIES",
@@ -63,4 +68,5 @@ __all__ = [
     "Throttle",
     "format_policy",
     "parse_policy",
+    "policy_options",
 ]

@@ -56,11 +56,17 @@ def parse_spec(spec: str, policies: Mapping[str, Callable[..., Policy]], orders:
 def format_spec(policy: Policy, policies: Mapping[str, Callable[..., Policy]], orders: Mapping[str, Order]) -> str:
     """The spec that builds this policy; defaults are left out."""
     name = next(name for name, make in policies.items() if make is type(policy))
-    names = {order: key for key, order in orders.items()}
-    options = []
-    for field in fields(policy):  # type: ignore[arg-type]
-        value = getattr(policy, field.name)
-        if value != field.default:
-            text = names[value] if field.name == "order" else str(value).lower()
-            options.append(f"{field.name}={text}")
+    defaults = {field.name: field.default for field in fields(policy)}  # type: ignore[arg-type]
+    options = [
+        f"{key}={str(value).lower()}"
+        for key, value in spec_options(policy, orders).items()
+        if getattr(policy, key) != defaults[key]
+    ]
     return name + (":" + ",".join(options) if options else "")
+
+
+def spec_options(policy: Policy, orders: Mapping[str, Order]) -> dict[str, Any]:
+    """Every option of a policy, defaults too; its order by name."""
+    names = {order: name for name, order in orders.items()}
+    values = {field.name: getattr(policy, field.name) for field in fields(policy)}  # type: ignore[arg-type]
+    return {key: names[value] if key == "order" else value for key, value in values.items()}

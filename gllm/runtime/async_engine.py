@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from pathlib import Path
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from gllm.runtime.client import EngineClient
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
 
     from gllm.runtime.config import RuntimeConfig
-    from gllm.runtime.messages import EngineStats, Notice
+    from gllm.runtime.messages import EngineStats
     from gllm.runtime.outputs import Delta
     from gllm.runtime.sampling_params import SamplingParams
 
-_LISTEN_S = 0.5
+_LISTEN_S = 0.2
 
 
 class AsyncEngine:
     """Satisfies `gllm.runtime.server.engine.ServedEngine`.
 
-    Made outside the event loop (it waits for the model); `run` ties it to one.
+    Made outside the event loop (it waits for the model); `lifespan` ties it to one.
 
     Raises:
         ValueError: The model cannot be loaded.
@@ -42,7 +42,7 @@ class AsyncEngine:
         chat_template: str | None = None,
         tell: Callable[[str], None] = lambda _: None,
     ) -> None:
-        self.model_name = Path(config.model).name
+        self.model_name = config.model_name
         self.served_names = served_names or (self.model_name,)
         self.chat_template = chat_template
         self.created = int(time.time())
@@ -56,8 +56,6 @@ class AsyncEngine:
             raise
         self.max_model_len = self.ready.max_model_len
         self._generations = Generations(self._client, self.tokenizer)
-        self._closing = threading.Event()
-        self._died: Callable[[str], None] = lambda _: None
 
     @property
     def failure(self) -> str | None:
@@ -68,34 +66,32 @@ class AsyncEngine:
         """The engine's numbers as of its last news."""
         return self._generations.stats
 
-    def run(self, died: Callable[[str], None] = lambda _: None) -> None:
-        """Begin to listen, within a running event loop; `died` hears there why the engine died, if it does."""
-        self._died = died
+    @asynccontextmanager
+    async def lifespan(self, _: object = None) -> AsyncIterator[None]:
+        """Listen to the engine, for as long as the event loop serves."""
+        closing = threading.Event()
         loop = asyncio.get_running_loop()
-        self._listener = threading.Thread(target=self._listen, args=(loop,), daemon=True, name="listen")
-        self._listener.start()
+        listener = threading.Thread(target=self._listen, args=(loop, closing), daemon=True, name="listen")
+        listener.start()
+        try:
+            yield
+        finally:
+            closing.set()
+            await asyncio.to_thread(listener.join)
 
     def close(self) -> None:
         """End the engine and everything it started."""
-        self._closing.set()
-        self._listener.join()
         self._client.close()
 
-    def _listen(self, loop: asyncio.AbstractEventLoop) -> None:
-        while not self._closing.is_set():
+    def _listen(self, loop: asyncio.AbstractEventLoop, closing: threading.Event) -> None:
+        while not closing.is_set():
             try:
-                notice: Notice | None = self._client.receive(_LISTEN_S)
-                if notice is not None:
-                    loop.call_soon_threadsafe(self._generations.deliver, notice)
+                notice = self._client.receive(_LISTEN_S)
             except EngineDeadError as error:
-                loop.call_soon_threadsafe(self._fail, error)
+                loop.call_soon_threadsafe(self._generations.fail, error)
                 return
-            except RuntimeError:  # the event loop was closed: nobody listens any more
-                return
-
-    def _fail(self, error: EngineDeadError) -> None:
-        self._generations.fail(error)
-        self._died(str(error))
+            if notice is not None:
+                loop.call_soon_threadsafe(self._generations.deliver, notice)
 
     async def generate(
         self, prompt_token_ids: list[int], params: SamplingParams, *, priority: int = 0

@@ -67,6 +67,14 @@ class RuntimeConfig:
             raise ValueError(f"--nnodes {self.nodes.num_nodes} does not divide the {size} workers of --pp times --tp")
 
     @property
+    def model_name(self) -> str:
+        """What servers and reports call the model: its folder's name."""
+        from gllm.runtime.default_model import NAME, PATH  # noqa: PLC0415 - not for --help
+
+        path = Path(self.model).absolute()
+        return NAME if path == PATH else path.name
+
+    @property
     def num_workers(self) -> int:
         """Processes that compute, on all nodes."""
         return self.parallel.num_gpus

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from gllm.runtime.sampling_params import SamplingParams
 from gllm.runtime.tokenizer import load_tokenizer, sampling_defaults
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from typing import Self
 
     from gllm.runtime.messages import NewRequest
@@ -65,7 +67,8 @@ class LLM:
     """A model, ready to answer lists of prompts.
 
     Args:
-        model: a folder with config.json, safetensors and a tokenizer; None: the small model that comes with gLLM.
+        model: a folder with config.json, safetensors and a tokenizer; None: the small model that comes with gLLM;
+            or a whole configuration, and then nothing else.
         pp: pipeline stages.
         tp: slices of each stage's layers.
         ep: groups of a stage's ranks that share its experts.
@@ -78,20 +81,19 @@ class LLM:
 
     def __init__(
         self,
-        model: str | None = None,
+        model: str | RuntimeConfig | None = None,
         *,
         pp: int = 1,
         tp: int = 1,
         ep: int = 1,
         pp_layers: tuple[int, ...] | None = None,
-        **options: Any,  # noqa: ANN401 - RuntimeConfig checks them
+        **options: Any,  # noqa: ANN401 - RuntimeConfig's own
     ) -> None:
-        known = RuntimeConfig.__dataclass_fields__
-        unknown = [name for name in options if name not in known]
-        if unknown:
-            raise ValueError(f"LLM: unknown option {unknown[0]!r}; known: pp, tp, ep, pp_layers, {', '.join(known)}")
-        parallel = Parallel(pp=pp, tp=tp, ep=ep, pp_layers=pp_layers)
-        self.config = RuntimeConfig(model=model or str(PATH), parallel=parallel, **options)
+        if isinstance(model, RuntimeConfig):
+            self.config = model
+        else:
+            parallel = Parallel(pp=pp, tp=tp, ep=ep, pp_layers=pp_layers)
+            self.config = RuntimeConfig(model=model or str(PATH), parallel=parallel, **_known(options))
         self._client = EngineClient(self.config)
         atexit.register(self.close)
         try:
@@ -142,20 +144,49 @@ class LLM:
         **template_options: Any,  # noqa: ANN401 - the template's own
     ) -> list[RequestOutput]:
         """Answer conversations through the model's chat template."""
-        if self.tokenizer is None or self.tokenizer.chat_template is None:
-            raise ValueError(f"{self.config.model} has no chat template; use generate")
+        self.check_chat()
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
-        texts = [
-            self.tokenizer.apply_chat_template(
-                list(conversation), tokenize=False, add_generation_prompt=True, **template_options
-            )
-            for conversation in conversations
-        ]
+        texts = [self._chat_text(conversation, template_options) for conversation in conversations]  # type: ignore[arg-type]
         prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         outputs = self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
         for output, text in zip(outputs, texts, strict=True):
             output.prompt = text
         return outputs
+
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Answer one prompt piece by piece; closing the iterator aborts what is left."""
+        params = params or self.default_sampling_params()
+        news: deque[Delta | Exception] = deque()
+        requests = self._generations.prepare(self._tokens(prompt)[1], params, news.append)
+        left = params.n
+        try:
+            self._generations.submit(requests)
+            while left:
+                self._listen()
+                while news:
+                    delta = news.popleft()
+                    if isinstance(delta, Exception):
+                        raise delta
+                    left -= delta.finish_reason is not None
+                    yield delta
+        finally:
+            self._generations.abort(requests)
+
+    def stream_chat(self, messages: Sequence[Message], params: SamplingParams | None = None) -> Iterator[Delta]:
+        """Answer one conversation piece by piece."""
+        self.check_chat()
+        return self.stream(self.tokenizer.encode(self._chat_text(messages, {}), add_special_tokens=False), params)
+
+    def check_chat(self) -> None:
+        """Raise `ValueError` unless the model has a chat template."""
+        if self.tokenizer is None or self.tokenizer.chat_template is None:
+            raise ValueError(f"{self.config.model} has no chat template; use generate")
+
+    def _chat_text(self, messages: Sequence[Message], options: Mapping[str, Any]) -> str:
+        text: str = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True, **options
+        )
+        return text
 
     def default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json asks for."""
@@ -176,15 +207,18 @@ class LLM:
                 self._generations.submit(requests)
                 left = len(pending)
                 while left:
-                    notice = self._client.receive(_PATIENCE_S)
-                    if notice is not None:
-                        self._generations.deliver(notice)
-                        left = len(pending) - count()
+                    self._listen()
+                    left = len(pending) - count()
         finally:
             self._generations.abort(requests)
         error = next((entry.error for entry in pending if entry.error is not None), None)
         if error is not None:
             raise error
+
+    def _listen(self) -> None:
+        notice = self._client.receive(_PATIENCE_S)
+        if notice is not None:
+            self._generations.deliver(notice)
 
     def _params(self, params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
         if params is None:
@@ -214,7 +248,9 @@ class LLM:
             request_id=name,
             prompt=entry.prompt,
             prompt_token_ids=entry.token_ids,
-            prompt_logprobs=places and [None if place is None else self._named(place) for place in places],
+            prompt_logprobs=None
+            if places is None
+            else [None if place is None else self._named(place) for place in places],
             outputs=entry.answers,
             finished=True,
             num_cached_tokens=entry.num_cached_tokens,
@@ -229,6 +265,14 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _known(options: dict[str, Any]) -> dict[str, Any]:
+    known = [name for name in RuntimeConfig.__dataclass_fields__ if name not in ("model", "parallel")]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"LLM: unknown option {name!r}; known: pp, tp, ep, pp_layers, {', '.join(known)}")
+    return options
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

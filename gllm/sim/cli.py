@@ -1,4 +1,4 @@
-"""`python -m gllm.sim`: replay, compare, diff, and lists of what is known.
+"""`python -m gllm.sim`: replay, compare, diff, fidelity, and lists of what is known.
 
 Only argparse is imported until a command runs, so that --help is instant.
 """
@@ -30,6 +30,7 @@ def add_commands(commands: Commands) -> None:
     _add_compare(commands)
     diff = add_command(commands, "diff", "gllm.sim.diff", "diff", "name the first decision in which two runs part")
     diff.add_argument("runs", nargs=2, metavar="RUN", help="a folder that replay wrote")
+    _add_fidelity(commands)
     for name, text in (
         ("traces", "list the sample traces and the formats of others"),
         ("models", "list the models known by name"),
@@ -72,3 +73,14 @@ def _add_compare(commands: Commands) -> None:
     add_slo_options(parser)
     add_output(parser, "compare.html, compare.json, compare.csv and the report of each run")
     parser.add_argument("--iterations", action="store_true", help="log the decisions of each run")
+
+
+def _add_fidelity(commands: Commands) -> None:
+    parser = add_command(
+        commands, "fidelity", "gllm.sim.fidelity", "fidelity", "say how far the simulator is from a recorded run"
+    )
+    parser.add_argument("run", metavar="RUN", help="a folder that the runtime's replay wrote")
+    parser.add_argument(
+        "--decisions", action="store_true", help="feed the run's times to the simulator and compare the decision logs"
+    )
+    parser.add_argument("--out", metavar="DIR", help="folder for the simulated log, iterations.jsonl.gz")

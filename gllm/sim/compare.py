@@ -16,11 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from gllm.console.output import COMPARISON_FILES, staged
 from gllm.console.progress import show_progress
+from gllm.console.runs import read_trace, tell
 from gllm.console.terminal import say, say_json, say_table, warn
 from gllm.policy import format_policy, parse_policy
 from gllm.report.decision_log import LOG_NAME
 from gllm.sim.options import sim_config, split_policies
-from gllm.sim.replay import config_trace, read_trace, rejections, setup_notes, tell
+from gllm.sim.replay import config_trace, rejections, setup_notes
 from gllm.trace import TraceError
 from gllm.trace.shape import faster
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from gllm.core import Engine, Limits
 from gllm.model_shape import load_shape
 from gllm.parallel import Parallel
-from gllm.policy import ORDERS, format_policy, parse_policy
+from gllm.policy import format_policy, parse_policy, policy_options
 from gllm.sim.capacity import kv_capacity
 from gllm.sim.constants import RooflineConstants
 from gllm.sim.gpus import get_gpu
@@ -121,10 +121,3 @@ class Setup:
             "model_shape": asdict(self.shape),
             "gpu_sheet": asdict(self.gpu),
         }
-
-
-def policy_options(policy: Policy) -> dict[str, Any]:
-    """Every option of a policy, defaults too; its order by name."""
-    orders = {order: name for name, order in ORDERS.items()}
-    values = {field.name: getattr(policy, field.name) for field in fields(policy)}  # type: ignore[arg-type]
-    return {name: orders[value] if name == "order" else value for name, value in values.items()}

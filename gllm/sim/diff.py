@@ -65,10 +65,10 @@ def _print(runs: Sequence[str], policies: Sequence[str], parting: Parting) -> No
     for run, decision in zip(runs, parting[1:], strict=True):
         if decision is None:
             say(f"{run} ends there: it has no decision {parting.number:,}")
-    say_table(_table([f"{run}\n{policy}" for run, policy in zip(runs, policies, strict=True)], parting))
+    say_table(parting_table([f"{run}\n{policy}" for run, policy in zip(runs, policies, strict=True)], parting))
 
 
-def _table(heads: Sequence[str], parting: Parting) -> Table:
+def parting_table(heads: Sequence[str], parting: Parting) -> Table:
     """A row a field; a star where the runs differ, the time aside, which may."""
     from rich import box  # noqa: PLC0415 - the command line starts without it
     from rich.markup import escape  # noqa: PLC0415

@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from collections import deque
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import simpy
 
@@ -17,7 +17,7 @@ from gllm.core import NEVER, Request, StepResult, Stopped
 from gllm.sim.pipeline import WAKE, Instant, RecurrencePipeline
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Iterable
+    from collections.abc import Callable, Generator, Iterable, Sequence
 
     from gllm.core import DecodeGroup, Engine, Plan
     from gllm.report.decision_log import DecisionLog
@@ -37,10 +37,28 @@ Flight = tuple["Plan", "Iterable[int]", "list[Stopped]", int, tuple[int, int]]
 """A batch on the road: plan, cost of each stage, who stops with it, when it was planned, (waiting, running) then."""
 
 
+class Script(Protocol):
+    """What a recorded run prescribes where a simulation would find it out by itself."""
+
+    @property
+    def aborts(self) -> Iterable[tuple[int, Sequence[int]]]:
+        """When requests are aborted and which, in order of time."""
+
+    def due_ns(self, arrival: Arrival) -> int:
+        """When the engine is told of a request; `Request.arrival_ns` may be earlier."""
+
+    def amend(self, plan: int, stopped: list[Stopped]) -> None:
+        """Bring who stops with a plan that is back into the recorded order, and add what only a real worker knows."""
+
+    def wake_ns(self, until_ns: int) -> int | None:
+        """When a policy that waits until `until_ns` is asked again; None: something else happens before."""
+
+
 class Simulation:
     """Plays arrivals (sorted by time, their ids 0, 1, 2, ...) against an engine in virtual time.
 
-    `pipeline` is the class of the pipeline: the recurrence, or one process per stage.
+    `pipeline` is the class of the pipeline: the recurrence, or one process per stage. With a `script`
+    (and a pipeline to match) the times are those of a recorded run.
     """
 
     def __init__(  # noqa: PLR0917 - a run's parts, in the order in which they meet
@@ -51,6 +69,7 @@ class Simulation:
         recorder: Recorder,
         log: DecisionLog | None = None,
         pipeline: Callable[[simpy.Environment, int, int], Pipeline] = RecurrencePipeline,
+        script: Script | None = None,
     ) -> None:
         self.env = simpy.Environment()
         self.engine = engine
@@ -66,29 +85,48 @@ class Simulation:
         memory = limits.max_in_flight if self._looks_ahead else 0
         self._submit = pipeline(self.env, cost.num_stages, memory).submit
         self._flights: deque[Flight] = deque()
+        self._news = False  # whether there is anything in the next two
         self._pending: list[Request] = []
+        self._aborts: list[int] = []
         self._true_length = array("q")  # by request id
-        self.env.process(self._arrive(arrivals))
+        self._script = script
+        self._done = self._return if script is None else self._return_amended
+        self.env.process(self._arrive(arrivals, _arrival_ns if script is None else script.due_ns))
+        if script is not None:
+            self.env.process(self._abort(script.aborts))
 
     def run(self) -> None:
         """Until every request has ended."""
         self.env.run()
         assert not self.engine.num_unfinished, "the simulation ran out of events with requests unfinished"
 
-    def _arrive(self, arrivals: Iterable[Arrival]) -> Generator[simpy.Event, Any, None]:
+    def _arrive(
+        self, arrivals: Iterable[Arrival], due_ns: Callable[[Arrival], int]
+    ) -> Generator[simpy.Event, Any, None]:
         env = self.env
-        for time, group in groupby(arrivals, key=lambda arrival: arrival.request.arrival_ns):
+        for time, group in groupby(arrivals, key=due_ns):
             if time > env.now:
                 yield env.timeout(time - env.now)
             for arrival in group:
                 self._true_length.append(arrival.num_output_tokens)
                 self._pending.append(arrival.request)
+            self._news = True
             # With a full pipeline nothing can be planned: the next result's turn takes them in.
             if len(self._flights) < self.engine.limits.max_in_flight:
                 Instant(env, time, WAKE, self._wake)
 
+    def _abort(self, aborts: Iterable[tuple[int, Sequence[int]]]) -> Generator[simpy.Event, Any, None]:
+        """Aborts do not wait for a free place: they free cache, and may end a request that arrives with them."""
+        env = self.env
+        for time, request_ids in aborts:
+            if time > env.now:
+                yield env.timeout(time - env.now)
+            self._aborts += request_ids
+            self._news = True
+            Instant(env, time, WAKE, self._wake)
+
     def _wake(self, instant: Instant) -> None:
-        if self._pending or not self._flights:
+        if self._news:
             self._turn(instant.at, ())
 
     def _ask_again(self, instant: Instant) -> None:
@@ -101,20 +139,39 @@ class Simulation:
         self._turn(now, (StepResult(plan.id, stopped),))
         self._record(plan, dispatched, queue, now, instant.note, costs)
 
+    def _return_amended(self, instant: Instant) -> None:
+        """A result with what the script knows of it."""
+        assert self._script is not None
+        plan, _, stopped, _, _ = self._flights[0]
+        self._script.amend(plan.id, stopped)
+        self._return(instant)
+
     def _turn(self, now: int, results: tuple[StepResult, ...]) -> None:
-        arrived = self._pending
-        if arrived:
-            self._pending = []
-            self._recorder.submit(arrived)
-        turn = self._engine_turn(results, arrived, now=now)
+        arrived: Sequence[Request] = ()
+        aborts: Sequence[int] = ()
+        if self._news:
+            arrived, aborts = self._take_news()
+        turn = self._engine_turn(results, arrived, aborts, now=now)
         if turn.events:
             self._recorder.events(now, turn.events)
         if self._log is not None:
-            self._log.write(now, results, arrived, (), turn)
+            self._log.write(now, results, arrived, aborts, turn)
         for plan in turn.plans:
             self._dispatch(plan, now)
         if turn.wait.until_ns is not None:
-            Instant(self.env, turn.wait.until_ns, WAKE, self._ask_again)
+            self._wake_later(turn.wait.until_ns)
+
+    def _take_news(self) -> tuple[list[Request], list[int]]:
+        arrived, self._pending = self._pending, []
+        aborts, self._aborts = self._aborts, []
+        self._news = False
+        self._recorder.submit(arrived)
+        return arrived, aborts
+
+    def _wake_later(self, until_ns: int) -> None:
+        at = until_ns if self._script is None else self._script.wake_ns(until_ns)
+        if at is not None:
+            Instant(self.env, at, WAKE, self._ask_again)
 
     def _dispatch(self, plan: Plan, now: int) -> None:
         view = self._view
@@ -122,11 +179,11 @@ class Simulation:
         stopped: list[Stopped] = []
         self._flights.append((plan, costs, stopped, now, (view.num_waiting, view.num_running)))
         after = plan.depends_on if self._looks_ahead else NEVER  # else its tokens are back already
-        self._submit(now + self._host_ns, costs, self._transfer_ns(plan), self._return_ns, after, self._return)
+        self._submit(now + self._host_ns, costs, self._transfer_ns(plan), self._return_ns, after, self._done)
         for sequence in plan.prefilled:
             num_output_tokens = sequence.target + 1 - sequence.num_prompt_tokens
-            if num_output_tokens >= self._true_length[sequence.id]:
-                stopped.append(Stopped(sequence.id))
+            if num_output_tokens >= self._true_length[sequence.id] and sequence.num_tokens < sequence.limit:
+                stopped.append(Stopped(sequence.id))  # at its limit the engine ends it
         group = plan.group
         if group is not None:
             if plan.joined:
@@ -154,3 +211,7 @@ class Simulation:
                 stopped = self._flights[joined.previous - self._flights[0][0].id][2]
                 if all(entry.id != sequence.id for entry in stopped):
                     stopped.append(Stopped(sequence.id))
+
+
+def _arrival_ns(arrival: Arrival) -> int:
+    return arrival.request.arrival_ns

@@ -78,8 +78,11 @@ def gpus(_: Namespace) -> int:
 
 def policies(_: Namespace) -> int:
     """Policies with their options, then the waiting orders."""
-    from gllm.policy import ORDERS, POLICIES  # noqa: PLC0415
-    from gllm.sim.config import policy_options  # noqa: PLC0415
+    from gllm.policy import (  # noqa: PLC0415
+        ORDERS,
+        POLICIES,
+        policy_options,
+    )
 
     def options(name: str) -> str:
         return ", ".join(f"{key}={str(value).lower()}" for key, value in policy_options(POLICIES[name]()).items())

@@ -7,17 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 from gllm.console.output import RUN_FILES, staged
 from gllm.console.progress import show_progress
-from gllm.console.terminal import say, say_json, say_table, warn
+from gllm.console.runs import read_trace, show_run, tell
 from gllm.report.decision_log import LOG_NAME
 from gllm.sim.options import sim_config
 from gllm.sim.run import simulate
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
     from gllm.sim.config import Setup, SimConfig
-    from gllm.trace import Trace, TraceOptions
+    from gllm.trace import TraceOptions
 
     Summary = dict[str, Any]
 
@@ -33,22 +33,8 @@ def replay(args: Namespace) -> int:
             summary = _written(args, config, folder)
     tell(args, setup_notes(setup))
     tell(args, rejections(setup, summary))
-    _print(args, summary)
+    show_run(args, summary)
     return 0
-
-
-def read_trace(args: Namespace, options: TraceOptions) -> Trace:
-    """Read the trace and pass on what was changed in it."""
-    trace = options.load()
-    tell(args, (f"{trace.name}: {note}" for note in trace.notes))
-    return trace
-
-
-def tell(args: Namespace, notes: Iterable[str]) -> None:
-    """Notes to standard error, unless --quiet."""
-    for note in notes:
-        if not args.quiet:
-            warn(f"note: {note}")
 
 
 def setup_notes(setup: Setup) -> Iterator[str]:
@@ -95,18 +81,3 @@ def config_trace(config: SimConfig) -> TraceOptions:
     """The trace that a command line always names."""
     assert config.trace is not None
     return config.trace
-
-
-def _print(args: Namespace, summary: Summary) -> None:
-    if args.json:
-        say_json(summary)
-        return
-    from gllm.report.table import run_table  # noqa: PLC0415
-
-    config = summary["config"]
-    title = f"{config['trace']['name']}: {config['model']} on {config['gpus']}, {config['policy']}"
-    say_table(run_table(summary, title=title))
-    digest = summary["decision_sha256"]
-    say(f"decisions SHA-256 {digest}" if digest else "decisions SHA-256 not taken (--no-iterations)")
-    if args.out is not None:
-        say(f"report {Path(args.out) / 'report.html'}")

@@ -14,10 +14,12 @@ from pathlib import Path
 import pytest
 
 from gllm.cli import main as gllm
-from gllm.console.output import RUN_FILES
+from gllm.console.output import RUN_FILES, TRACE_NAME
 from gllm.core import Wait
 from gllm.sim.cli import main
 from gllm.sim.options import split_policies
+
+SIM_FILES = RUN_FILES - {TRACE_NAME}
 
 PUBLIC = Path(os.environ.get("GLLM_TRACES", Path(__file__).resolve().parents[3] / "shared" / "traces"))
 FAST = ["--model", "qwen3-0.6b", "--pp", "2", "--limit", "20"]
@@ -65,7 +67,7 @@ def test_outputs_are_complete(capsys, tmp_path):
     status, text, _ = call(capsys, "replay", "chat", *FAST, "--out", out, "--slo-ttft", 0.1, "--slo-tpot", 0.05)
     assert status == 0
     assert f"report {out / 'report.html'}" in text
-    assert {path.name for path in out.iterdir()} == RUN_FILES
+    assert {path.name for path in out.iterdir()} == SIM_FILES
     summary = json.loads((out / "report.json").read_text())
     assert summary["goodput"]["slo_ttft_s"] == 0.1
     assert summary["decision_sha256"] in text
@@ -82,7 +84,7 @@ def test_a_second_run_replaces_the_first_wholly(capsys, tmp_path):
     call(capsys, "replay", "chat", *FAST, "--out", tmp_path)
     status, out, _ = call(capsys, "replay", "code", *FAST, "--out", tmp_path, "--no-iterations")
     assert status == 0
-    assert {path.name for path in tmp_path.iterdir()} == RUN_FILES - {"iterations.jsonl.gz"}
+    assert {path.name for path in tmp_path.iterdir()} == SIM_FILES - {"iterations.jsonl.gz"}
     assert json.loads((tmp_path / "report.json").read_text())["config"]["trace"]["name"] == "code"
     assert "not taken" in out
 
@@ -360,4 +362,4 @@ def test_what_a_killed_command_left_is_swept(capsys, tmp_path):
     left.mkdir()
     (left / "report.json").write_text("{")
     assert call(capsys, "replay", "chat", *FAST, "--out", tmp_path)[0] == 0
-    assert {path.name for path in tmp_path.iterdir()} == RUN_FILES
+    assert {path.name for path in tmp_path.iterdir()} == SIM_FILES

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from gllm.console.output import RUN_FILES
+from gllm.console.output import RUN_FILES, TRACE_NAME
 from gllm.parallel import Parallel
 from gllm.sim import compare as compare_module
 from gllm.sim.cli import main
@@ -37,7 +37,7 @@ def test_all_files_are_there(compared):
     names = {"throttle_ut=false,order=edf@2", "throttle_ut=false,order=edf@50", "sarathi@2", "sarathi@50"}
     assert {path.name for path in (compared / "runs").iterdir()} == names
     for name in names:
-        assert {path.name for path in (compared / "runs" / name).iterdir()} == RUN_FILES
+        assert {path.name for path in (compared / "runs" / name).iterdir()} == RUN_FILES - {TRACE_NAME}
     page = (compared / "compare.html").read_text()
     assert "throttle:ut=false,order=edf" in page
     assert len(list(csv.DictReader((compared / "compare.csv").open()))) == 4

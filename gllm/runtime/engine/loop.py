@@ -53,7 +53,7 @@ class EngineLoop:
         self._workers = workers
         self._tell = tell
         self._recording = recording
-        self._sequences = Sequences(limits.max_num_seqs, limits.block_size, eos_token_ids)
+        self._sequences = Sequences(limits, eos_token_ids)
         self._flights: deque[Flight] = deque()
         self._results: deque[StepDone] = deque()
         self._arrived: list[NewRequest] = []
@@ -137,16 +137,16 @@ class EngineLoop:
 
     def _request(self, asked: NewRequest) -> Request:
         block_size = self._limits.block_size if self._limits.prefix_caching else 0
-        own = asked.block_hashes
+        own, start_ns = asked.block_hashes, self._start_ns or 0
         shared = block_size and asked.params.prompt_logprobs is None  # a cached block has no logits to tell of
         hashes = extend_hashes([], asked.prompt_token_ids, block_size) if shared and own is None else []
         request = Request(
             id=self._num_requests,
             num_prompt_tokens=len(asked.prompt_token_ids),
-            arrival_ns=asked.arrival_ns - (self._start_ns or 0),
+            arrival_ns=asked.arrival_ns - start_ns,
             max_tokens=asked.params.max_tokens,
             priority=asked.priority,
-            deadline_ns=asked.deadline_ns,
+            deadline_ns=None if asked.deadline_ns is None else asked.deadline_ns - start_ns,
             block_hashes=tuple(own or () if shared and own is not None else hashes),
         )
         self._num_requests += 1

@@ -16,7 +16,7 @@ from gllm.runtime.messages import Admission, ChunkWork, Step, TokenDelta
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from gllm.core import DecodeGroup, Plan, Request
+    from gllm.core import DecodeGroup, Limits, Plan, Request
     from gllm.runtime.messages import NewRequest, StepDone
     from gllm.runtime.outputs import Logprobs
 
@@ -31,6 +31,7 @@ class Live:
     id: int  # the core's
     asked: NewRequest
     stop_token_ids: frozenset[int]
+    limit: int  # prompt and output, as the core will enforce it
     token_ids: list[int]  # prompt and outputs known so far
     hashes: list[int]
     slot: int = -1  # on the workers; -1: none
@@ -60,10 +61,11 @@ class Flight:
 class Sequences:
     """All live sequences, and the slots they hold."""
 
-    def __init__(self, max_num_seqs: int, block_size: int, eos_token_ids: Iterable[int]) -> None:
-        self._block_size = block_size
+    def __init__(self, limits: Limits, eos_token_ids: Iterable[int]) -> None:
+        self._block_size = limits.block_size
+        self._max_tokens = limits.max_tokens_per_sequence
         self._eos = frozenset(eos_token_ids)
-        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+        self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
         self.by_id: dict[int, Live] = {}
         self.id_of: dict[int, int] = {}  # front end's key -> the core's id
 
@@ -71,7 +73,9 @@ class Sequences:
         """Take in a request that the core is about to see."""
         params = asked.params
         stops = frozenset(params.stop_token_ids or ()) | (frozenset() if params.ignore_eos else self._eos)
-        live = Live(request.id, asked, stops, list(asked.prompt_token_ids), hashes)
+        longest = self._max_tokens
+        limit = min(longest, request.num_prompt_tokens + (request.max_tokens or longest))
+        live = Live(request.id, asked, stops, limit, list(asked.prompt_token_ids), hashes)
         self.by_id[request.id] = live
         self.id_of[asked.key] = request.id
         return live
@@ -161,12 +165,18 @@ class Sequences:
                 if live.asked.params.prompt_logprobs is not None:
                     delta.prompt_logprobs = [None, *live.prompt_logprobs]
             deltas.append(delta)
-            length = live.asked.num_output_tokens
-            if (token in live.stop_token_ids) if length is None else (live.num_output_tokens >= length):
+            if self._stops(live, token):
                 live.stopped = True
                 live.stop_token_id = token if token in (live.asked.params.stop_token_ids or ()) else None
                 stopped.append(Stopped(live.id, block_hashes=self._final_hashes(live)))
         return stopped, deltas
+
+    def _stops(self, live: Live, token: int) -> bool:
+        """Whether a token ends its answer; that it is the last one allowed is for the engine to see."""
+        length = live.asked.num_output_tokens
+        if length is None:
+            return token in live.stop_token_ids
+        return live.num_output_tokens >= length and len(live.token_ids) < live.limit
 
     def _final_hashes(self, live: Live) -> list[int]:
         """Of prompt and answer, so that the next turn of a conversation finds them; none where a trace gave its own."""
