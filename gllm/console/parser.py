@@ -11,6 +11,7 @@ import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
 
+from gllm.console.errors import CommandError
 from gllm.console.terminal import close_stdout, warn
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def explain(error: Exception) -> int:
         message, status = f"{where}{error.strerror or error}", USAGE
     elif isinstance(error, ValueError):
         message, status = str(error), USAGE
-    elif isinstance(error, (PlanError, StallError)):
+    elif isinstance(error, (CommandError, PlanError, StallError)):
         message, status = str(error), FAILED
     elif isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("gllm"):
         message, status = (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from gllm.console.errors import CommandError
 
-class EngineDeadError(RuntimeError):
+
+class EngineDeadError(CommandError):
     """The engine or one of its workers is gone; the message says what died. Nothing more can be served."""
 
 
