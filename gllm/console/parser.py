@@ -68,12 +68,8 @@ def explain(error: Exception) -> int:
     elif isinstance(error, (CommandError, PlanError, StallError)):
         message, status = str(error), FAILED
     elif isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("gllm"):
-        message, status = (
-            f"{error.name} is not installed; pip install 'gllm[runtime]' brings what serving needs",
-            FAILED,
-        )
-    elif type(error).__name__ == "EngineDeadError":  # the runtime's, which is not imported for this
-        message, status = str(error), FAILED
+        message = f"{error.name} is not installed; pip install 'gllm[runtime]' brings what serving needs"
+        status = FAILED
     else:
         return 0
     warn(f"error: {message}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,7 +57,7 @@ def _written(args: Namespace, config: RuntimeConfig, trace: Trace, folder: Path)
     from gllm.trace import write_trace  # noqa: PLC0415
 
     record = _play(args, replace(config, record=str(folder.absolute() / LOG_NAME)), trace)
-    write_trace(_as_seen(trace, config), folder / TRACE_NAME, description="as the engine saw it")
+    write_trace(as_seen(trace, config), folder / TRACE_NAME, description="as the engine saw it")
     return write_run(folder, record, slo_ttft_s=args.slo_ttft, slo_tpot_s=args.slo_tpot)
 
 
@@ -74,7 +75,7 @@ def _numbered(trace: Trace, speed: float) -> Trace:
     return replace(trace, requests=[renamed(row) for row in trace.requests])
 
 
-def _as_seen(trace: Trace, config: RuntimeConfig) -> Trace:
+def as_seen(trace: Trace, config: RuntimeConfig) -> Trace:
     """The trace with the engine's own block hashes."""
     rows = [
         replace(row, hash_ids=tuple(_hashes(row, config)), hash_block_size=config.block_size) for row in trace.requests
@@ -92,12 +93,11 @@ def _play(args: Namespace, config: RuntimeConfig, trace: Trace) -> RunRecord:
 
     with EngineClient(config) as client:
         client.wait_until_ready(tell_seldom(quiet=args.quiet))
-        player = _Player(client, trace, temperature=args.temperature)
-        if args.quiet:
-            player.play()
-        else:
-            with show_progress(len(trace.requests), lambda: player.num_ended, doing="replaying"):
-                player.play()
+        player = _Player(client, len(trace.requests))
+        watching = show_progress(player.num_requests, lambda: player.num_ended, doing="replaying")
+        with nullcontext() if args.quiet else watching:
+            start_ns = time.monotonic_ns() + _HEAD_START_NS
+            player.play(requests_of(client, trace, start_ns, temperature=args.temperature))
         columns = client.finish()
         assert columns is not None, "the engine keeps a record"
         described = describe(config, client, trace, trace_options(args), args.slo_ttft, args.slo_tpot)
@@ -109,15 +109,13 @@ class _Player:
     """Submits every request when it is due, and counts those that ended."""
 
     client: EngineClient
-    trace: Trace
-    temperature: float
+    num_requests: int
     num_ended: int = 0
 
-    def play(self) -> None:
+    def play(self, requests: Iterator[NewRequest]) -> None:
         """Until every request has ended."""
-        requests = self._requests(time.monotonic_ns() + _HEAD_START_NS)
         following = next(requests, None)
-        while self.num_ended < len(self.trace.requests):
+        while self.num_ended < self.num_requests:
             due: list[NewRequest] = []
             # Those of one time go together, so that one turn sees them all.
             while following is not None and _is_due(following, due):
@@ -136,27 +134,29 @@ class _Player:
         elif isinstance(notice, Refused):
             self.num_ended += 1
 
-    def _requests(self, start_ns: int) -> Iterator[NewRequest]:
-        from gllm.runtime.messages import NewRequest  # noqa: PLC0415
-        from gllm.runtime.prompts import synthesise  # noqa: PLC0415
-        from gllm.runtime.sampling_params import SamplingParams  # noqa: PLC0415
 
-        vocab_size = self.client.model.shape.vocab_size
-        for number, row in enumerate(self.trace.requests):
-            assert row.arrival_ns is not None
-            yield NewRequest(
-                key=number,
-                prompt_token_ids=synthesise(row, number, vocab_size),
-                params=SamplingParams(
-                    temperature=self.temperature, ignore_eos=True, max_tokens=row.max_tokens, detokenize=False
-                ),
-                seed=number,
-                arrival_ns=start_ns + row.arrival_ns,
-                priority=row.priority,
-                deadline_ns=None if row.deadline_ns is None else start_ns + row.deadline_ns,
-                block_hashes=_hashes(row, self.client.config),
-                num_output_tokens=row.num_output_tokens,
-            )
+def requests_of(client: EngineClient, trace: Trace, start_ns: int, *, temperature: float) -> Iterator[NewRequest]:
+    """The trace's requests, each written when it is asked for; the trace's time 0 is `start_ns`."""
+    from gllm.runtime.messages import NewRequest  # noqa: PLC0415
+    from gllm.runtime.prompts import synthesise  # noqa: PLC0415
+    from gllm.runtime.sampling_params import SamplingParams  # noqa: PLC0415
+
+    vocab_size = client.model.shape.vocab_size
+    for number, row in enumerate(trace.requests):
+        assert row.arrival_ns is not None
+        yield NewRequest(
+            key=number,
+            prompt_token_ids=synthesise(row, number, vocab_size),
+            params=SamplingParams(
+                temperature=temperature, ignore_eos=True, max_tokens=row.max_tokens, detokenize=False
+            ),
+            seed=number,
+            arrival_ns=start_ns + row.arrival_ns,
+            priority=row.priority,
+            deadline_ns=None if row.deadline_ns is None else start_ns + row.deadline_ns,
+            block_hashes=_hashes(row, client.config),
+            num_output_tokens=row.num_output_tokens,
+        )
 
 
 def _is_due(request: NewRequest, due: list[NewRequest]) -> bool:

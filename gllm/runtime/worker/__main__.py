@@ -13,7 +13,7 @@ import uuid
 
 import zmq
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from gllm.runtime import process
@@ -46,23 +46,26 @@ def launch(task: WorkerTask) -> str | None:
         elastic_launch(launcher, work)(config, task.address)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        return f"worker {rank} {how(failure.exitcode)}"
+        return f"worker {rank} {how(failure)}"
     except SignalException:
         return "the workers' launcher was told to end"
     return None
 
 
-def how(exitcode: int) -> str:
-    """In words: how a process ended."""
-    if exitcode >= 0:
-        return f"ended with status {exitcode}"
-    return f"was killed by {signal.Signals(-exitcode).name}"
+def how(failure: ProcessFailure) -> str:
+    """In words: how a worker ended."""
+    if failure.exitcode < 0:
+        return f"was killed by {signal.Signals(-failure.exitcode).name}"
+    said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
+    return f"ended with status {failure.exitcode}: {said}"
 
 
 def main() -> int:
     """Launch, and tell the engine how it ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.getLogger("torch").setLevel(logging.CRITICAL)  # one line says what died, and it is ours
+    # torch looks for GPUs before we fork, and must not touch CUDA for that: what is forked could not use it any more.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     task = process.read_task(WorkerTask)
     watch_parent(lambda: os._exit(0))
     reason = launch(task)

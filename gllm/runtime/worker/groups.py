@@ -47,6 +47,17 @@ class Edge:
         self._group = dist.new_group([sender, receiver])
         self._sent: deque[tuple[dist.Work | None, torch.Tensor]] = deque()
 
+    def greet(self, rank: int, device: torch.device) -> None:
+        """Connect both ends now: NCCL's first call on a group waits for the other end's, which may have to wait first.
+
+        All ranks greet along the same edges in the same order.
+        """
+        hello = torch.zeros(1, device=device)
+        if rank == self._sender:
+            dist.send(hello, self._receiver, group=self._group)
+        elif rank == self._receiver:
+            dist.recv(hello, self._sender, group=self._group)
+
     def send(self, tensor: torch.Tensor) -> None:
         """Send without waiting; the tensor must not be written any more."""
         while self._sent and (self._sent[0][0] is None or self._sent[0][0].is_completed()):
@@ -69,7 +80,7 @@ class Neighbours:
     tokens: Edge | None  # sampled tokens, from the last stage to the first
 
 
-def connect(parallel: Parallel, num_layers: int, rank: int) -> tuple[Shard, Neighbours]:
+def connect(parallel: Parallel, num_layers: int, rank: int, device: torch.device) -> tuple[Shard, Neighbours]:
     """Make all groups, in the same order on every rank; return this rank's."""
     tp, pp = parallel.tp, parallel.pp
     stage, tp_rank = divmod(rank, tp)
@@ -79,6 +90,7 @@ def connect(parallel: Parallel, num_layers: int, rank: int) -> tuple[Shard, Neig
             group = dist.new_group(list(range(index * tp, (index + 1) * tp)))
             if index == stage:
                 communicator = StageCommunicator(group, tp_rank, tp)
+                communicator.all_reduce(torch.zeros(1, device=device))  # connects
     shard = Shard(
         layers=parallel.layers_of_stage(num_layers, stage),
         tp_rank=tp_rank,
@@ -88,15 +100,16 @@ def connect(parallel: Parallel, num_layers: int, rank: int) -> tuple[Shard, Neig
         is_last=stage == pp - 1,
         group=communicator,
     )
-    return shard, _edges(pp, tp, rank)
+    return shard, _edges(pp, tp, rank, device)
 
 
-def _edges(pp: int, tp: int, rank: int) -> Neighbours:
+def _edges(pp: int, tp: int, rank: int, device: torch.device) -> Neighbours:
     if pp == 1:
         return Neighbours(None, None, None)
     mine: dict[str, Edge] = {}
     for sender in range((pp - 1) * tp):
         edge = Edge(sender, sender + tp)
+        edge.greet(rank, device)
         if sender == rank:
             mine["after"] = edge
         elif sender + tp == rank:
@@ -104,6 +117,7 @@ def _edges(pp: int, tp: int, rank: int) -> Neighbours:
     for tp_rank in range(tp):
         last = (pp - 1) * tp + tp_rank
         edge = Edge(last, tp_rank)
+        edge.greet(rank, device)
         if rank in (last, tp_rank):
             mine["tokens"] = edge
     return Neighbours(mine.get("before"), mine.get("after"), mine.get("tokens"))

@@ -108,7 +108,7 @@ class Worker:
         self._config, self._rank, self._report = config, rank, report
         self._stage: Stage | None = None
         model, self._limits = config.check(), config.limits(num_blocks=1)
-        shard, self._neighbours = connect(config.parallel, model.shape.num_layers, rank)
+        shard, self._neighbours = connect(config.parallel, model.shape.num_layers, rank, device)
         dtype = choose_dtype(config, model, device)
         check_weights(model.shape, shard, config, dtype.itemsize, device)
         self._model = MODELS[model.architecture](model, shard, dtype, device)

@@ -1,0 +1,76 @@
+"""The same code on GPUs, with NCCL in place of gloo: same answers, same decisions as on the CPU.
+
+`pytest -m gpu tests/runtime/test_gpu.py`; what one machine said is kept in benchmarks/results/gpu_checks.json.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from twin.bodies import both, small_trace, words, written
+
+from gllm.runtime.default_model.tasks import held_out_cases
+from gllm.runtime.llm import LLM
+from gllm.runtime.sampling_params import SamplingParams
+from gllm.sim.cli import main as sim
+
+NUM_GPUS = torch.cuda.device_count()
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(NUM_GPUS < 1, reason="needs a GPU"),
+]
+
+GREEDY = SamplingParams(temperature=0, max_tokens=64)
+DRAWN = SamplingParams(temperature=0.8, top_p=0.95, seed=3, max_tokens=32, logprobs=2)
+LAYOUTS = [{}, {"pp": 2}, {"tp": 2}, {"pp": 2, "max_in_flight": 3}]
+
+
+def answers(params, **options):
+    cases = held_out_cases(48, 0)
+    with LLM(dtype="float32", max_num_seqs=64, **options) as llm:
+        start = time.perf_counter()
+        outputs = llm.chat([list(case.messages) for case in cases], params, use_tqdm=False)
+        note(f"{options or 'one device'}", seconds=round(time.perf_counter() - start, 2))
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def note(what, **found):
+    """Keep what a run said, where a folder for it is named."""
+    if folder := os.environ.get("OUT"):
+        with Path(folder, "gpu_checks.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"what": what, "device": torch.cuda.get_device_name(0), **found}) + "\n")
+
+
+@pytest.fixture(scope="module")
+def on_the_cpu():
+    return answers(GREEDY, device="cpu")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_answers_are_those_of_the_cpu(layout, on_the_cpu):
+    if NUM_GPUS < 2 and layout:
+        pytest.skip("needs two GPUs")
+    found = answers(GREEDY, device="cuda", **layout)
+    same = sum(a == b for a, b in zip(found, on_the_cpu, strict=True))
+    note(f"greedy {layout}", same=same, of=len(found))
+    assert same == len(found)
+
+
+def test_drawn_tokens_depend_on_the_seed_alone():
+    first, second = answers(DRAWN, device="cuda"), answers(DRAWN, device="cuda", policy="sarathi:token_budget=64")
+    assert first == second
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+def test_decisions_are_the_simulators(pp, tmp_path, capsys):
+    if pp > NUM_GPUS:
+        pytest.skip("needs two GPUs")
+    argv = words(written(small_trace(seed=pp), tmp_path), "throttle", pp, num_blocks=40)
+    real, simulated = both(argv, tmp_path / "run", capsys)
+    note(f"decisions pp={pp}", real=real["decision_sha256"], simulated=simulated["decision_sha256"])
+    assert real["decision_sha256"] == simulated["decision_sha256"]
+    assert sim(["fidelity", str(tmp_path / "run"), "--decisions"]) == 0
