@@ -7,13 +7,14 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --benchmark-disable
 BASE := $(VENV)/.base-installed
+RUNTIME := $(VENV)/.runtime-installed
 DEV := $(VENV)/.dev-installed
 FAST := $(VENV)-compiled
 FAST_PIP := $(FAST)/bin/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo test coverage check format golden compiled bench clean
+.PHONY: help setup demo serve test coverage check format golden compiled bench clean
 
 help: ## Show this help
 	@printf 'gLLM: make TARGET\n\n'
@@ -27,6 +28,9 @@ demo: $(BASE) ## Replay a sample trace on four simulated H200s under token throt
 	$(BIN)/python -m gllm.sim replay chat --rate-scale 10 --model qwen3-32b --gpu h200 --pp 4 --policy throttle \
 		--slo-ttft 1 --slo-tpot 0.05 --out out/demo
 	@echo "open out/demo/report.html in a browser; it needs no network"
+
+serve: $(RUNTIME) ## Serve the small model that comes with gLLM to OpenAI clients (ARGS="MODEL --tp 2" for another)
+	$(BIN)/python -m gllm.runtime serve $(ARGS)
 
 test: coverage ## Run all tests; core and policy must be covered branch by branch
 	$(PYTEST)
@@ -66,9 +70,14 @@ clean: ## Remove outputs and caches; the environment stays
 	rm -rf out build dist *.egg-info .coverage .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find gllm kernels traces tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(DEV): $(BASE) pyproject.toml constraints.txt
+$(DEV): $(RUNTIME) pyproject.toml constraints.txt
 	@echo "installing the development tools"
 	@$(PIP) install --quiet -e '.[dev]' -c constraints.txt
+	@touch $@
+
+$(RUNTIME): $(BASE) pyproject.toml constraints.txt
+	@echo "installing the runtime (torch is large)"
+	@$(PIP) install --quiet -e '.[runtime]' -c constraints.txt
 	@touch $@
 
 $(BASE): $(BIN)/python pyproject.toml constraints.txt

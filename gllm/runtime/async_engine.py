@@ -46,10 +46,10 @@ class AsyncEngine:
         self.served_names = served_names or (self.model_name,)
         self.chat_template = chat_template
         self.created = int(time.time())
+        self.defaults = sampling_defaults(config.model)
         self._client = EngineClient(config)
         try:
             self.tokenizer: Any = load_tokenizer(config.model)
-            self.defaults = sampling_defaults(config.model)
             self.ready = self._client.wait_until_ready(tell)
         except BaseException:
             self._client.close()

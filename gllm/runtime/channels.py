@@ -22,6 +22,11 @@ LAUNCHER = b"launcher"
 """The ROUTER's name for the process that watches over a node's workers."""
 
 _HEARTBEAT_MS = 1000
+_SILENCE_MS = 10_000  # a machine that says nothing for so long is gone; one that is merely busy is not
+_GOODBYE_S = 0.3  # for an engine's last order, which comes before its line breaks, to be read
+
+ENGINE_GONE = 3
+"""Exit status of a worker whose engine has gone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +65,7 @@ def worker_socket(context: zmq.Context[Any], address: str, name: bytes) -> zmq.S
     made.set_hwm(0)
     made.linger = 1000  # the last word of a worker that fails should arrive
     made.setsockopt(zmq.IDENTITY, name)
-    made.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    _beat(made)
     made.connect(address)
     return made
 
@@ -71,19 +76,25 @@ def router(context: zmq.Context[Any], address: str) -> tuple[zmq.Socket[Any], zm
     made.set_hwm(0)
     made.linger = 200
     made.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    made.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    _beat(made)
     monitor = made.get_monitor_socket(zmq.EVENT_DISCONNECTED)
     made.bind(address)
     return made, monitor
 
 
-def watch_connection(sock: zmq.Socket[Any]) -> None:
-    """End this process when the other end of its line has gone; for workers of other machines too."""
+def _beat(sock: zmq.Socket[Any]) -> None:
+    sock.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    sock.setsockopt(zmq.HEARTBEAT_TIMEOUT, _SILENCE_MS)
+
+
+def watch_connection(sock: zmq.Socket[Any], is_over: threading.Event) -> None:
+    """End this process when the other end of its line has gone before all was over; on other machines too."""
     monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED)
 
     def watch() -> None:
         recv_monitor_message(monitor)
-        os._exit(1)
+        if not is_over.wait(_GOODBYE_S):
+            os._exit(ENGINE_GONE)
 
     threading.Thread(target=watch, daemon=True, name="watch-engine").start()
 

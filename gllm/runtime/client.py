@@ -6,6 +6,8 @@ import shutil
 import tempfile
 import threading
 import time
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +39,9 @@ class EngineClient:
 
     def __init__(self, config: RuntimeConfig) -> None:
         self.model = config.check()
+        config.nodes.check_endpoint()
+        if find_spec("torch") is None:
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
         self.config = config
         self.failure: str | None = None
         self.ready = Ready(0, 0, "")
@@ -85,7 +90,7 @@ class EngineClient:
             if self._notices.poll(left_ms):
                 return self._checked(decode_notice(self._notices.recv()))
             if dead:
-                self._fail(f"the engine process ended with status {self._engine.returncode}")
+                self._fail(f"the engine process {process.how(self._engine.returncode)}")
             if deadline is not None and time.monotonic() >= deadline:
                 return None
 
@@ -99,13 +104,17 @@ class EngineClient:
 
     def close(self) -> None:
         """Leave no process, socket or file behind; safe to call twice."""
+        if self.config.nodes.num_nodes > 1 and self.ready.num_blocks and self.failure is None:
+            with suppress(EngineDeadError):
+                self.finish()  # the other nodes' workers must hear that this is a good end
         process.end(self._engine, _GOODBYE_S if self.failure is None else 0.5)
+        self.failure = self.failure or "the engine was closed; make another"
         self._context.destroy(linger=0)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _checked(self, notice: Notice) -> Notice:
         if isinstance(notice, Dead):
-            self._fail(notice.reason, usage=notice.usage)
+            self._fail(notice.reason, usage=notice.usage and not self.ready.num_blocks)
         return notice
 
     def _fail(self, reason: str, *, usage: bool = False) -> None:

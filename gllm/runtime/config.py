@@ -29,14 +29,36 @@ class Nodes:
         if not 0 <= self.rank < self.num_nodes:
             last = self.num_nodes - 1
             raise ValueError(f"--node-rank is {self.rank}; with --nnodes {self.num_nodes} it is 0 to {last}")
+        if self.num_nodes == 1 and self.endpoint:
+            raise ValueError("--rdzv-endpoint is where several nodes meet; say with --nnodes how many there are")
         host, _, port = self.endpoint.rpartition(":")
-        if self.num_nodes > 1 and not (host and port.isdigit()):
+        if self.num_nodes > 1 and not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
             raise ValueError(f"--rdzv-endpoint is {self.endpoint!r}; several nodes meet at HOST:PORT of node 0")
 
     @property
     def host(self) -> str:
         """Where node 0 is found."""
         return self.endpoint.rpartition(":")[0]
+
+    def check_endpoint(self) -> None:
+        """On node 0 of several: see that the others can meet there.
+
+        Raises:
+            ValueError: The address is another machine's, or taken.
+        """
+        if self.num_nodes == 1 or self.rank > 0:
+            return
+        import socket  # noqa: PLC0415 - not for --help
+
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                sock.bind((self.host, int(self.endpoint.rpartition(":")[2])))
+            except OSError as error:
+                raise ValueError(
+                    f"--rdzv-endpoint {self.endpoint} cannot be had on this machine, node 0 ({error.strerror}); "
+                    "name another port, or --node-rank"
+                ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,9 +108,11 @@ class RuntimeConfig:
 
     def limits(self, num_blocks: int) -> Limits:
         """What the core is told, once it is known how many cache blocks there are."""
+        return self._limits(num_blocks, self.max_model_len or self.check().max_position_embeddings)
+
+    def _limits(self, num_blocks: int, longest: int) -> Limits:
         from gllm.core import Limits  # noqa: PLC0415 - not for --help
 
-        longest = self.max_model_len or self.check().max_position_embeddings
         return Limits(
             num_blocks=num_blocks,
             block_size=self.block_size,
@@ -116,6 +140,7 @@ class RuntimeConfig:
             raise ValueError(
                 f"--max-model-len {self.max_model_len} is more than the {longest} positions of {self.model}; lower it"
             )
+        self._limits(1 if self.num_blocks is None else self.num_blocks, longest)
         return model
 
     def to_json(self) -> dict[str, Any]:

@@ -136,7 +136,13 @@ class Generations:
         stream = self._streams.get(news.key)
         if stream is None:  # aborted, or ended by a stop string
             return
-        delta = stream.answer.push(news)
+        try:
+            delta = stream.answer.push(news)
+        except Exception as error:  # noqa: BLE001 - a tokenizer's own: this request fails, the others go on
+            del self._streams[news.key]
+            self._client.abort([news.key])
+            stream.sink(error)
+            return
         if stream.answer.is_over:
             del self._streams[news.key]
             if news.finish_reason is None:

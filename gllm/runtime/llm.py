@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import atexit
+import operator
+import reprlib
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from gllm.console.progress import show_progress
 from gllm.parallel import Parallel
@@ -23,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Self
 
-    from gllm.runtime.messages import NewRequest
+    from gllm.runtime.messages import EngineStats, NewRequest
     from gllm.runtime.outputs import Logprobs
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -93,7 +98,8 @@ class LLM:
             self.config = model
         else:
             parallel = Parallel(pp=pp, tp=tp, ep=ep, pp_layers=pp_layers)
-            self.config = RuntimeConfig(model=model or str(PATH), parallel=parallel, **_known(options))
+            folder = str(Path(model or PATH).expanduser())
+            self.config = _typed(RuntimeConfig(model=folder, parallel=parallel, **_known(options)))
         self._client = EngineClient(self.config)
         atexit.register(self.close)
         try:
@@ -124,13 +130,7 @@ class LLM:
         """
         listed = _listed(prompts)
         params = self._params(sampling_params, len(listed))
-        pending: list[_Pending] = []
-        requests: list[NewRequest] = []
-        for prompt, wanted in zip(listed, params, strict=True):
-            text, token_ids = self._tokens(prompt)
-            entry = _pending(text, token_ids, wanted.n)
-            pending.append(entry)
-            requests += self._generations.prepare(token_ids, wanted, entry.take)
+        pending, requests = self._prepare(listed, params)
         self._generate(pending, requests, show=use_tqdm)
         together = enumerate(zip(pending, params, strict=True))
         return [self._output(str(number), entry, wanted) for number, (entry, wanted) in together]
@@ -192,10 +192,29 @@ class LLM:
         """What the model's generation_config.json asks for."""
         return SamplingParams(**sampling_defaults(self.config.model))
 
+    def stats(self) -> EngineStats:
+        """The engine's numbers as of its last news."""
+        return self._generations.stats
+
     def close(self) -> None:
         """End the engine; also done when Python ends."""
         atexit.unregister(self.close)
         self._client.close()
+
+    def _prepare(self, prompts: list[Prompt], params: list[SamplingParams]) -> tuple[list[_Pending], list[NewRequest]]:
+        """Open a stream for each answer; none if one of the prompts can never be served."""
+        pending: list[_Pending] = []
+        requests: list[NewRequest] = []
+        try:
+            for prompt, wanted in zip(prompts, params, strict=True):
+                text, token_ids = self._tokens(prompt)
+                entry = _pending(text, token_ids, wanted.n)
+                pending.append(entry)
+                requests += self._generations.prepare(token_ids, wanted, entry.take)
+        except BaseException:
+            self._generations.abort(requests)
+            raise
+        return pending, requests
 
     def _generate(self, pending: list[_Pending], requests: list[NewRequest], *, show: bool) -> None:
         def count() -> int:
@@ -225,15 +244,17 @@ class LLM:
             params = self.default_sampling_params()
         if isinstance(params, SamplingParams):
             return [params] * count
+        if isinstance(params, Mapping) or not all(isinstance(each, SamplingParams) for each in params):
+            raise ValueError(f"sampling_params is {params!r}; give SamplingParams, or a list of them")
         if len(params) != count:
             raise ValueError(f"{len(params)} sampling_params for {count} prompts; give one for all, or one for each")
         return list(params)
 
     def _tokens(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, Mapping):
-            prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
+            prompt = prompt.get("prompt_token_ids", prompt.get("prompt"))
         if not isinstance(prompt, str):
-            return None, list(prompt)  # type: ignore[arg-type]
+            return None, _token_ids(prompt)
         if self.tokenizer is None:
             raise ValueError(f"{self.config.model} has no tokenizer; give prompts as token ids")
         return prompt, self.tokenizer.encode(prompt)
@@ -273,6 +294,21 @@ def _known(options: dict[str, Any]) -> dict[str, Any]:
         if name not in known:
             raise ValueError(f"LLM: unknown option {name!r}; known: pp, tp, ep, pp_layers, {', '.join(known)}")
     return options
+
+
+def _typed(config: RuntimeConfig) -> RuntimeConfig:
+    """The configuration, if its values have the types that every process will read them with."""
+    try:
+        return msgspec.convert(config.to_json(), RuntimeConfig)
+    except msgspec.ValidationError as error:
+        raise ValueError(f"LLM: {error}") from None
+
+
+def _token_ids(prompt: object) -> list[int]:
+    try:
+        return [operator.index(token_id) for token_id in prompt]  # type: ignore[attr-defined]
+    except TypeError:
+        raise ValueError(f"a prompt is {reprlib.repr(prompt)}; give a text or a list of token ids") from None
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

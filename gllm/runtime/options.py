@@ -78,7 +78,7 @@ def runtime_config(args: argparse.Namespace, *, record: str | None = None) -> Ru
     if args.enable_expert_parallel:
         args.ep = args.tp
     return RuntimeConfig(
-        model=args.model_named or getattr(args, "model", None) or str(PATH),
+        model=next((name for name in (args.model_named, getattr(args, "model", None)) if name is not None), str(PATH)),
         parallel=parallel_options(args, 1),
         nodes=Nodes(num_nodes=args.nnodes, rank=args.node_rank, endpoint=args.rdzv_endpoint),
         policy=args.policy,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from gllm.runtime.async_engine import AsyncEngine
     from gllm.runtime.config import RuntimeConfig
 
-_LINGER_S = 1.5  # /health says why the engine died, before the process does
+_LINGER_S = 0.8  # /health says why the engine died, before the process does
 
 
 def serve(args: Namespace) -> int:
@@ -38,9 +39,11 @@ def serve(args: Namespace) -> int:
         if not args.quiet:
             warn(f"{engine.served_names[0]} on {engine.ready.device}, {engine.ready.num_blocks:,} cache blocks")
             warn("serving on http://{}:{}/v1".format(*sock.getsockname()[:2]))
+        gc.collect()
+        gc.freeze()  # what was imported stays: neither serving nor the end need walk through it
         status = serve_app(app, sock=sock, linger_s=_LINGER_S)
-    if engine.failure is not None:
-        warn(f"error: {engine.failure}")
+        if engine.failure is not None:
+            warn(f"error: {engine.failure}")
     return status
 
 
@@ -83,7 +86,23 @@ def _read_template(path: str | None) -> str | None:
     file = Path(path)
     if not file.is_file():
         raise ValueError(f"--chat-template {path}: no such file")
-    return file.read_text(encoding="utf-8")
+    try:
+        text = file.read_text(encoding="utf-8")
+        _parse_template(text)
+    except ValueError as error:
+        raise ValueError(f"--chat-template {path}: {error}") from None
+    return text
+
+
+def _parse_template(text: str) -> None:
+    """Raise `ValueError` unless it is Jinja; the tag {% generation %} is transformers' own."""
+    from jinja2 import Environment, TemplateSyntaxError  # noqa: PLC0415 - only for this option
+
+    try:
+        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)  # noqa: S701 - parsed, never rendered
+    except TemplateSyntaxError as error:
+        if "generation" not in str(error.message):
+            raise ValueError(f"no Jinja template (line {error.lineno}: {error.message})") from None
 
 
 def _work(config: RuntimeConfig) -> int:
@@ -97,6 +116,6 @@ def _work(config: RuntimeConfig) -> int:
             status = launcher.wait()
         finally:
             process.end(launcher, 1.0)
-    if status:
-        warn("error: a worker of this node died; node 0 says why")
-    return status
+    if status < 0:  # else it has said why itself
+        warn(f"error: the workers' launcher {process.how(status)}")
+    return abs(status)

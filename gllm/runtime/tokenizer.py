@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gllm.runtime.sampling_params import SamplingParams
+
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+_ANY_LENGTH = 1 << 62  # how long a prompt may be is our business, and transformers would only warn
 _SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
@@ -21,7 +24,7 @@ def load_tokenizer(folder: str) -> Any:  # noqa: ANN401 - transformers' own
     from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds; the model loads meanwhile
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=_ANY_LENGTH)
     except Exception as error:  # noqa: BLE001 - it raises all kinds
         reason = str(error).partition("\n")[0]
         raise ValueError(f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {reason})") from None
@@ -38,4 +41,9 @@ def sampling_defaults(folder: str) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if config.get("do_sample") is False:
         return {"temperature": 0.0}
-    return {name: config[name] for name in _SAMPLING if config.get(name) is not None}
+    found = {name: config[name] for name in _SAMPLING if config.get(name) is not None}
+    try:
+        SamplingParams(**found)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return found

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
-import signal
+import shutil
 import sys
 import time
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import zmq
 
@@ -74,7 +74,7 @@ class Workers:
             try:
                 self.router.send_multipart((name, message))
             except zmq.ZMQError:
-                raise EngineDeadError(self.last_words()) from None
+                raise self._death() from None
 
     def receive(self) -> Report:
         """The next report.
@@ -84,23 +84,41 @@ class Workers:
         """
         report: Report = decode_report(self.router.recv_multipart()[1])
         if isinstance(report, WorkerFailed):
-            raise (StartError if report.usage else EngineDeadError)(report.reason)
+            raise self._death(report)
         return report
 
     def check(self, *, disconnected: bool) -> None:
         """Raise `EngineDeadError` if a worker or the process that watches them is gone."""
         if disconnected or self._launcher.poll() is not None:
-            raise EngineDeadError(self.last_words())
+            raise self._death()
 
-    def last_words(self) -> str:
-        """Why a worker died, if it or its launcher still says so."""
+    def _death(self, said: WorkerFailed | None = None) -> Exception:
+        """What to raise when a worker has said that it failed, or something has gone without a word."""
+        words = self._last_words(said)
+        return (StartError if words.usage else EngineDeadError)(words.reason)
+
+    def _last_words(self, said: WorkerFailed | None) -> WorkerFailed:
+        """Who died first. A worker that fails may only have lost a neighbour; the launcher knows, of its own node."""
         deadline = time.monotonic() + _LAST_WORDS_S
-        while (left_ms := int(1000 * (deadline - time.monotonic()))) > 0:
+        while not _is_sure(said) and (left_ms := int(1000 * (deadline - time.monotonic()))) > 0:
             if self.router.poll(left_ms):
                 report = decode_report(self.router.recv_multipart()[1])
-                if isinstance(report, WorkerFailed):
-                    return report.reason
-        return "a worker died"
+                if isinstance(report, WorkerFailed) and (said is None or _is_sure(report)):
+                    said = report
+        if said is not None and _is_sure(said):
+            return said
+        if self._launcher.poll() is not None:
+            return WorkerFailed(-1, f"the workers' launcher {process.how(self._launcher.returncode)}")
+        gone = next((name.decode() for name in self._names if not self._reaches(name)), None)
+        return said or WorkerFailed(-1, "a worker died") if gone is None else WorkerFailed(-1, f"worker {gone} died")
+
+    def _reaches(self, name: bytes) -> bool:
+        """Whether a worker is still there, to be told that all is over."""
+        try:
+            self.router.send_multipart((name, encode(Stop())))
+        except zmq.ZMQError:
+            return False
+        return True
 
     def end(self) -> None:
         """Let the workers end, or make them."""
@@ -116,11 +134,15 @@ class Workers:
         self._launcher.wait()
 
 
+def _is_sure(said: WorkerFailed | None) -> bool:
+    return said is not None and (said.rank < 0 or said.usage)
+
+
 class Server:
     """Sockets around an `EngineLoop`."""
 
     def __init__(self, task: EngineTask) -> None:
-        self._config = task.config
+        self._config, self._folder = task.config, task.folder
         context = zmq.Context()
         nodes = task.config.nodes
         addresses = Addresses.within(Path(task.folder), nodes.host if nodes.num_nodes > 1 else "")
@@ -129,6 +151,7 @@ class Server:
         self._notices.linger = 2000
         self.workers = Workers(task.config, context, addresses.workers, task.folder)
         self._recording: Recording | None = None
+        self._is_over = False
 
     def tell(self, notice: Notice) -> None:
         """Send the front end a notice."""
@@ -177,6 +200,7 @@ class Server:
         return True
 
     def _finish(self, loop: EngineLoop, wall_s: float) -> None:
+        self._is_over = True
         recording = self._recording
         if recording is not None:
             while not recording.is_whole:
@@ -213,9 +237,13 @@ class Server:
             self.workers.check(disconnected=bool(self.workers.monitor.poll(0)))
         return [found[rank] for rank in sorted(found)]
 
-    def vanish(self) -> NoReturn:
-        """End at once: nobody listens any more. The workers follow, when their launcher sees that we are gone."""
+    def vanish(self) -> None:
+        """End at once: nobody listens any more. The workers follow, when they see that their launcher is gone."""
+        if self._is_over:
+            return  # the workers are being told
         self.discard()
+        self.workers.kill()
+        shutil.rmtree(self._folder, ignore_errors=True)  # who made it cannot
         os._exit(1)
 
     def discard(self) -> None:
@@ -235,7 +263,6 @@ def explain(error: Exception) -> Dead:
 
 def main() -> int:
     """Serve; the exit status tells whether that ended well."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the front end's business
     task = process.read_task(EngineTask)
     server = Server(task)
     watch_parent(server.vanish)

@@ -126,7 +126,7 @@ class EngineLoop:
         self._wake_ns = turn.wait.until_ns
         self._note(turn.events, deltas)
         self._dispatch(turn)
-        if deltas:
+        if deltas or turn.events or self.is_idle:  # after an abort, too, the numbers should not be of before
             self._tell(Progress(deltas, self.stats()))
 
     def _take_arrived(self) -> list[Request]:

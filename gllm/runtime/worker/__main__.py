@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 import uuid
+from typing import Any
 
 import zmq
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from gllm.console.terminal import warn
 from gllm.runtime import process
-from gllm.runtime.channels import LAUNCHER, watch_parent, worker_socket
+from gllm.runtime.channels import ENGINE_GONE, LAUNCHER, watch_parent, worker_socket
+from gllm.runtime.errors import StartError
 from gllm.runtime.messages import WorkerFailed, encode
 from gllm.runtime.worker.task import WorkerTask
-from gllm.runtime.worker.worker import work
+from gllm.runtime.worker.worker import check_devices, work
 
 _WATCH_S = 0.1
 
 
-def launch(task: WorkerTask) -> str | None:
+def launch(task: WorkerTask) -> WorkerFailed | None:
     """Run this node's workers until they end; return why they failed, if they did."""
     config, nodes = task.config, task.config.nodes
     several = nodes.num_nodes > 1
@@ -40,41 +42,58 @@ def launch(task: WorkerTask) -> str | None:
         max_restarts=0,  # the cache is lost with a worker: there is nothing to restart into
         monitor_interval=_WATCH_S,
         start_method="fork",
+        signals_to_handle="SIGTERM",
         logs_specs=DefaultLogsSpecs(log_dir=task.folder),
     )
     try:
+        check_devices(config)
         elastic_launch(launcher, work)(config, task.address)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
-        return f"worker {rank} {how(failure)}"
+        return WorkerFailed(-1, _how(rank, failure))
     except SignalException:
-        return "the workers' launcher was told to end"
+        return WorkerFailed(-1, "the workers' launcher was told to end")
+    except StartError as error:
+        return WorkerFailed(-1, str(error), usage=True)
+    except Exception as error:  # noqa: BLE001 - torch raises all kinds when nodes do not meet
+        return WorkerFailed(-1, _why_not(task, error), usage=several)
     return None
 
 
-def how(failure: ProcessFailure) -> str:
+def _how(rank: int, failure: ProcessFailure) -> str:
     """In words: how a worker ended."""
-    if failure.exitcode < 0:
-        return f"was killed by {signal.Signals(-failure.exitcode).name}"
-    said = failure.message["message"] if isinstance(failure.message, dict) else failure.message
-    return f"ended with status {failure.exitcode}: {said}"
+    if failure.exitcode == ENGINE_GONE:
+        return f"worker {rank} has lost its engine, which has ended"
+    said: Any = failure.message  # whatever torch says of its type, an exception comes as a dictionary
+    if isinstance(said, dict):
+        said = said["message"]
+    return f"worker {rank} {process.how(failure.exitcode)}" + (f": {said}" if failure.exitcode > 0 else "")
+
+
+def _why_not(task: WorkerTask, error: Exception) -> str:
+    """In words: why no worker was started."""
+    reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if task.config.nodes.num_nodes > 1:
+        return f"the nodes do not meet at --rdzv-endpoint {task.config.nodes.endpoint} ({reason})"
+    return f"the workers cannot be started ({reason})"
 
 
 def main() -> int:
     """Launch, and tell the engine how it ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    logging.getLogger("torch").setLevel(logging.CRITICAL)  # one line says what died, and it is ours
+    logging.disable(logging.CRITICAL)  # one line says what died, and it is ours
     # torch looks for GPUs before we fork, and must not touch CUDA for that: what is forked could not use it any more.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     task = process.read_task(WorkerTask)
     watch_parent(lambda: os._exit(0))
-    reason = launch(task)
-    if reason is None:
+    failed = launch(task)
+    if failed is None:
         return 0
     if task.address:
         line = worker_socket(zmq.Context(), task.address, LAUNCHER)
-        line.send(encode(WorkerFailed(-1, reason)))
+        line.send(encode(failed))
         line.close()
+    else:
+        warn(f"error: {failed.reason}")
     return 1
 
 

@@ -92,9 +92,12 @@ def room_for_blocks(  # noqa: PLR0917 - what fits depends on all of them
         free, total = torch.cuda.mem_get_info(device)
         room = int(free - (1 - config.gpu_memory_utilization) * total)
         room -= activation_bytes(shape, shard, max_batch_tokens, dtype.itemsize)
+    if config.kv_cache_bytes is not None and room < block:
+        raise StartError(f"--kv-cache-memory-bytes {room} is less than one block of the cache, {block} bytes; raise it")
     if room < block:
         raise StartError(
-            f"{config.model}: no room for a KV cache beside the weights; raise --pp, --tp or --gpu-memory-utilization"
+            f"{config.model}: no room for a KV cache beside the weights; raise --pp, --tp or --gpu-memory-utilization, "
+            "or lower --block-size"
         )
     useful = limits.max_num_seqs * -(-limits.max_model_len // limits.block_size)
     return min(room // block, useful)

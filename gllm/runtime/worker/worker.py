@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 
 _LOOK_S = 0.2
+_MIN_WIDTH_FOR_THREADS = 512
+_MOURNING_S = 5.0  # the launcher blames whoever ends first: that must be who died, not who lost a neighbour by it
 
 
 def work(config: RuntimeConfig, address: str) -> None:
@@ -45,27 +47,43 @@ def work(config: RuntimeConfig, address: str) -> None:
     _end_with_parent()
     rank = int(os.environ["RANK"])
     device = choose_device(config)
-    if device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // config.num_local_workers))
-    else:
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     shared = [address]
     dist.broadcast_object_list(shared, device=torch.device("cpu"))  # node 0 knows where its engine listens
     line = worker_socket(zmq.Context(), shared[0], str(rank).encode())
-    watch_connection(line)
+    is_over = threading.Event()
+    watch_connection(line, is_over)
 
     def report(report: Report) -> None:
         line.send(encode(report))
 
+    is_loaded = False
     try:
-        Worker(config, rank, device, report).run(lambda: decode_order(line.recv()))
+        worker = Worker(config, rank, device, report)
+        is_loaded = True
+        worker.run(lambda: decode_order(line.recv()))
+        is_over.set()
     except Exception as error:  # noqa: BLE001 - whatever it is, the engine must hear of it
         if os.environ.get("GLLM_TRACEBACK"):
             traceback.print_exception(error)
-        report(WorkerFailed(rank, *_explain(rank, error)))
-        line.close()
+        report(WorkerFailed(rank, *_explain(rank, error, is_loaded=is_loaded)))
+        time.sleep(_MOURNING_S)
         sys.exit(1)
+
+
+def check_devices(config: RuntimeConfig) -> None:
+    """See that this node has a GPU for each worker, unless they compute on the CPU.
+
+    Raises:
+        StartError: It has not.
+    """
+    found, needed = torch.cuda.device_count(), config.num_local_workers
+    if (config.device == "cuda" or (config.device == "auto" and found)) and needed > found:
+        raise StartError(
+            f"{needed} workers need a GPU each, torch finds {found} here; lower --tp or --pp, or choose --device cpu"
+        )
 
 
 def choose_device(config: RuntimeConfig) -> torch.device:
@@ -76,13 +94,14 @@ def choose_device(config: RuntimeConfig) -> torch.device:
     return torch.device("cpu") if kind == "cpu" else torch.device("cuda", int(os.environ["LOCAL_RANK"]))
 
 
-def _explain(rank: int, error: Exception) -> tuple[str, bool]:
+def _explain(rank: int, error: Exception, *, is_loaded: bool) -> tuple[str, bool]:
     """A line, and whether the user can mend it."""
-    if isinstance(error, (ValueError, StartError)):
+    if isinstance(error, ValueError) and not is_loaded:
         return str(error), True
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"worker {rank} ran out of memory; lower --gpu-memory-utilization or raise --tp or --pp", True
-    return f"worker {rank} failed: {type(error).__name__}: {error}", False
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
+        mend = "lower --num-blocks, --max-num-seqs or --gpu-memory-utilization, or raise --tp or --pp"
+        return f"worker {rank} ran out of memory; {mend}", True
+    return f"worker {rank} failed: {type(error).__name__}: {error} (GLLM_TRACEBACK=1 shows where)", False
 
 
 def _end_with_parent() -> None:
@@ -108,6 +127,8 @@ class Worker:
         self._config, self._rank, self._report = config, rank, report
         self._stage: Stage | None = None
         model, self._limits = config.check(), config.limits(num_blocks=1)
+        if device.type == "cpu":
+            torch.set_num_threads(num_threads(model, config.num_local_workers))
         shard, self._neighbours = connect(config.parallel, model.shape.num_layers, rank, device)
         dtype = choose_dtype(config, model, device)
         check_weights(model.shape, shard, config, dtype.itemsize, device)
@@ -146,6 +167,17 @@ class Worker:
             report=self._report if tp_rank == 0 else None,
         )
         self._report(Allocated(self._rank))
+
+
+def num_threads(model: ModelConfig, num_workers: int) -> int:
+    """Threads of each of this machine's workers on its CPU.
+
+    Those of a narrow model would wait for each other at every operation for longer than they compute, and where the
+    cores have other work too, for seconds.
+    """
+    if model.shape.hidden_size < _MIN_WIDTH_FOR_THREADS:
+        return 1
+    return max(1, (os.cpu_count() or 1) // num_workers)
 
 
 def choose_dtype(config: RuntimeConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
