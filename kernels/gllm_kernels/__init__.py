@@ -1,1 +1,1 @@
-"""GPU kernels: one operation, one file - Triton kernel, launcher, plain-torch reference."""
+"""One operation, one file: a launcher and its plain-torch reference; Triton kernels join them for GPUs."""
