@@ -115,6 +115,10 @@ class ModelShape:
         """Numbers one token leaves in one layer's cache: a key and a value per KV head."""
         return 2 * self.num_kv_heads * self.head_dim
 
+    def kv_heads_on(self, tp: int) -> int:
+        """KV heads that each of `tp` ranks holds: its share, and at least one, for fewer heads than ranks repeat."""
+        return max(1, self.num_kv_heads // tp)
+
     @property
     def kv_bytes_per_token(self) -> int:
         """Bytes one token leaves in one layer's cache, kept in the weights' dtype."""

@@ -118,7 +118,7 @@ class Parallel:
 
     def kv_heads_per_rank(self, shape: ModelShape) -> int:
         """KV heads one GPU holds; at least one."""
-        return max(1, shape.num_kv_heads // self.tp)
+        return shape.kv_heads_on(self.tp)
 
     def attention_params_per_rank(self, shape: ModelShape) -> int:
         """Weights of one layer's q, k, v and o projections on one GPU, biases left out."""

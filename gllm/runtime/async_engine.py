@@ -49,7 +49,7 @@ class AsyncEngine:
         self.defaults = sampling_defaults(config.model)
         self._client = EngineClient(config)
         try:
-            self.tokenizer: Any = load_tokenizer(config.model)
+            self.tokenizer: Any = load_tokenizer(config)
             self.ready = self._client.wait_until_ready(tell)
         except BaseException:
             self._client.close()

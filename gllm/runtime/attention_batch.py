@@ -46,8 +46,7 @@ def allocate_caches(
 
     Zeroed: what is masked still enters a product with zero, and zero times an uninitialised NaN would be NaN.
     """
-    num_heads = max(1, config.shape.num_kv_heads // shard.tp_size)
-    size = (num_blocks, block_size, num_heads, config.shape.head_dim)
+    size = (num_blocks, block_size, config.shape.kv_heads_on(shard.tp_size), config.shape.head_dim)
 
     def empty() -> Tensor:
         return torch.zeros(size, dtype=dtype, device=device)

@@ -80,6 +80,7 @@ class RuntimeConfig:
     device: Device = "auto"
     dtype: Dtype = "auto"
     load_format: LoadFormat = "auto"
+    skip_tokenizer_init: bool = False
     seed: int = 0
     record: str | None = None  # keep the run's columns; "" for them alone, else also a decision log at this path
 

@@ -54,6 +54,8 @@ class _Pending:
     error: Exception | None = None
 
     def take(self, delta: Delta | Exception) -> None:
+        if self.error is not None:  # the other answers of a request that failed
+            return
         if isinstance(delta, Exception):
             self.error, self.num_left = delta, 0
             return
@@ -103,7 +105,7 @@ class LLM:
         self._client = EngineClient(self.config)
         atexit.register(self.close)
         try:
-            self.tokenizer: Any = load_tokenizer(self.config.model)
+            self.tokenizer: Any = load_tokenizer(self.config)
             self._client.wait_until_ready()
         except BaseException:
             self.close()
@@ -218,16 +220,17 @@ class LLM:
 
     def _generate(self, pending: list[_Pending], requests: list[NewRequest], *, show: bool) -> None:
         def count() -> int:
-            return sum(not entry.num_left for entry in pending)
+            return sum(entry.num_left <= 0 for entry in pending)
 
         watching = show_progress(len(pending), count, doing="generating") if show else nullcontext()
         try:
             with watching:
                 self._generations.submit(requests)
-                left = len(pending)
-                while left:
+                num_done = 0  # from the first on, so that each is looked at once
+                while num_done < len(pending):
                     self._listen()
-                    left = len(pending) - count()
+                    while num_done < len(pending) and pending[num_done].num_left <= 0:
+                        num_done += 1
         finally:
             self._generations.abort(requests)
         error = next((entry.error for entry in pending if entry.error is not None), None)

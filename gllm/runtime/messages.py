@@ -166,11 +166,15 @@ class Allocate(Message):
     num_blocks: int
 
 
+class Ping(Message):
+    """Nothing to do; sent to see whether a worker is there."""
+
+
 class Stop(Message):
     """End the process."""
 
 
-Order = Step | Allocate | Stop
+Order = Step | Allocate | Ping | Stop
 
 
 # Workers to engine
@@ -182,6 +186,14 @@ class WorkerReady(Message):
     rank: int
     num_blocks: int
     device: str
+
+
+class WorkerLoading(Message):
+    """How far a worker has read its weights."""
+
+    rank: int
+    num_read: int
+    num_tensors: int
 
 
 class Allocated(Message):
@@ -216,7 +228,7 @@ class WorkerFailed(Message):
     usage: bool = False
 
 
-Report = WorkerReady | Allocated | StepDone | StageTime | WorkerFailed
+Report = WorkerReady | WorkerLoading | Allocated | StepDone | StageTime | WorkerFailed
 
 encode = msgspec.msgpack.Encoder().encode
 decode_command = msgspec.msgpack.Decoder(Command).decode

@@ -26,7 +26,7 @@ def start(module: str, task: Any) -> subprocess.Popen[bytes]:  # noqa: ANN401 - 
     # What a child prints is for people: only the parent's own words are results. Its process group is its own: a
     # terminal's Ctrl-C is the parent's business.
     child = subprocess.Popen(  # noqa: S603 - our own interpreter and module
-        [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=2, env=environment, process_group=0
+        [sys.executable, "-P", "-m", module], stdin=subprocess.PIPE, stdout=2, env=environment, process_group=0
     )
     assert child.stdin is not None
     child.stdin.write(msgspec.json.encode(task) + b"\n")

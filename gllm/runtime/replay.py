@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from gllm.console.options import trace_options
 from gllm.console.output import RUN_FILES, TRACE_NAME, staged
 from gllm.console.progress import show_progress, tell_seldom
@@ -30,7 +32,6 @@ if TYPE_CHECKING:
     Summary = dict[str, Any]
 
 _PATIENCE_S = 1.0
-_HEAD_START_NS = 50_000_000  # for the first prompts to be written
 
 
 def replay(args: Namespace) -> int:
@@ -96,8 +97,7 @@ def _play(args: Namespace, config: RuntimeConfig, trace: Trace) -> RunRecord:
         player = _Player(client, len(trace.requests))
         watching = show_progress(player.num_requests, lambda: player.num_ended, doing="replaying")
         with nullcontext() if args.quiet else watching:
-            start_ns = time.monotonic_ns() + _HEAD_START_NS
-            player.play(requests_of(client, trace, start_ns, temperature=args.temperature))
+            player.play(requests_of(client, trace, temperature=args.temperature))
         columns = client.finish()
         assert columns is not None, "the engine keeps a record"
         described = describe(config, client, trace, trace_options(args), args.slo_ttft, args.slo_tpot)
@@ -113,17 +113,23 @@ class _Player:
     num_ended: int = 0
 
     def play(self, requests: Iterator[NewRequest]) -> None:
-        """Until every request has ended."""
+        """Until every request has ended. The clock starts once the prompts of the trace's first moment are written."""
         following = next(requests, None)
+        first: list[NewRequest] = []
+        while following is not None and (not first or following.arrival_ns == first[0].arrival_ns):
+            first.append(following)
+            following = next(requests, None)
+        start_ns = time.monotonic_ns()
+        self.client.submit([stamped(request, start_ns) for request in first])
         while self.num_ended < self.num_requests:
             due: list[NewRequest] = []
             # Those of one time go together, so that one turn sees them all.
-            while following is not None and _is_due(following, due):
-                due.append(following)
+            while following is not None and _is_due(stamped(following, start_ns), due):
+                due.append(stamped(following, start_ns))
                 following = next(requests, None)
             if due:
                 self.client.submit(due)
-            self._listen(_PATIENCE_S if following is None else _seconds_until(following))
+            self._listen(_PATIENCE_S if following is None else _seconds_until(stamped(following, start_ns)))
 
     def _listen(self, timeout_s: float) -> None:
         from gllm.runtime.messages import Progress, Refused  # noqa: PLC0415 - --help must not wait for it
@@ -135,8 +141,14 @@ class _Player:
             self.num_ended += 1
 
 
-def requests_of(client: EngineClient, trace: Trace, start_ns: int, *, temperature: float) -> Iterator[NewRequest]:
-    """The trace's requests, each written when it is asked for; the trace's time 0 is `start_ns`."""
+def stamped(request: NewRequest, start_ns: int) -> NewRequest:
+    """A request whose times are of the trace, on the clock whose time `start_ns` is the trace's 0."""
+    deadline_ns = None if request.deadline_ns is None else start_ns + request.deadline_ns
+    return msgspec.structs.replace(request, arrival_ns=start_ns + request.arrival_ns, deadline_ns=deadline_ns)
+
+
+def requests_of(client: EngineClient, trace: Trace, *, temperature: float) -> Iterator[NewRequest]:
+    """The trace's requests at the trace's times, each written when it is asked for."""
     from gllm.runtime.messages import NewRequest  # noqa: PLC0415
     from gllm.runtime.prompts import synthesise  # noqa: PLC0415
     from gllm.runtime.sampling_params import SamplingParams  # noqa: PLC0415
@@ -151,9 +163,9 @@ def requests_of(client: EngineClient, trace: Trace, start_ns: int, *, temperatur
                 temperature=temperature, ignore_eos=True, max_tokens=row.max_tokens, detokenize=False
             ),
             seed=number,
-            arrival_ns=start_ns + row.arrival_ns,
+            arrival_ns=row.arrival_ns,
             priority=row.priority,
-            deadline_ns=None if row.deadline_ns is None else start_ns + row.deadline_ns,
+            deadline_ns=row.deadline_ns,
             block_hashes=_hashes(row, client.config),
             num_output_tokens=row.num_output_tokens,
         )

@@ -8,6 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
+FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Options that a model's generation_config.json has a say in, where a request is silent."""
+
 _T = TypeVar("_T")
 
 MAX_LOGPROBS = 20

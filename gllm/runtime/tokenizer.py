@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gllm.runtime.sampling_params import SamplingParams
+from gllm.runtime.sampling_params import FROM_MODEL, SamplingParams
+
+if TYPE_CHECKING:
+    from gllm.runtime.config import RuntimeConfig
 
 _FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 _ANY_LENGTH = 1 << 62  # how long a prompt may be is our business, and transformers would only warn
-_SAMPLING = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-def load_tokenizer(folder: str) -> Any:  # noqa: ANN401 - transformers' own
-    """The tokenizer; None where the folder has none: then prompts and answers are token ids.
+def load_tokenizer(config: RuntimeConfig) -> Any:  # noqa: ANN401 - transformers' own
+    """The tokenizer; None where the folder has none, or none is wanted: then prompts and answers are token ids.
 
     Raises:
         ValueError: There is one, and it cannot be read.
     """
-    if not any(Path(folder, name).is_file() for name in _FILES):
+    folder = config.model
+    if config.skip_tokenizer_init or not any(Path(folder, name).is_file() for name in _FILES):
         return None
     from transformers import AutoTokenizer  # noqa: PLC0415 - takes seconds; the model loads meanwhile
 
@@ -27,7 +30,10 @@ def load_tokenizer(folder: str) -> Any:  # noqa: ANN401 - transformers' own
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, model_max_length=_ANY_LENGTH)
     except Exception as error:  # noqa: BLE001 - it raises all kinds
         reason = str(error).partition("\n")[0]
-        raise ValueError(f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {reason})") from None
+        raise ValueError(
+            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {reason}); "
+            "give the folder a tokenizer.json, or serve token ids alone with --skip-tokenizer-init"
+        ) from None
 
 
 def sampling_defaults(folder: str) -> dict[str, Any]:
@@ -41,7 +47,7 @@ def sampling_defaults(folder: str) -> dict[str, Any]:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
     if config.get("do_sample") is False:
         return {"temperature": 0.0}
-    found = {name: config[name] for name in _SAMPLING if config.get(name) is not None}
+    found = {name: config[name] for name in FROM_MODEL if config.get(name) is not None}
     try:
         SamplingParams(**found)
     except ValueError as error:

@@ -18,6 +18,7 @@ from gllm.policy import (
     Throttle,
     format_policy,
     parse_policy,
+    policy_options,
 )
 
 
@@ -106,3 +107,9 @@ def test_what_differs_is_named():
 )
 def test_any_throttle_survives_the_round_trip(policy):
     assert parse_policy(format_policy(policy)) == policy
+
+
+def test_every_option_of_a_policy_is_told_its_order_by_name():
+    told = policy_options(parse_policy("sarathi:token_budget=7,order=edf"))
+    assert (told["token_budget"], told["order"]) == (7, "edf")
+    assert set(told) == {field.name for field in fields(parse_policy("sarathi"))}

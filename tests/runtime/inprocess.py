@@ -77,8 +77,6 @@ class Pipeline:
         pipes = [Pipe() for _ in range(pp - 1)]
         tokens = Pipe() if pp > 1 else None
         before, after = [None, *pipes], [*pipes, None]
-        sizes = {"num_blocks": limits.num_blocks, "block_size": limits.block_size}
-        sizes |= {"max_num_seqs": limits.max_num_seqs, "max_model_len": limits.max_model_len}
         self.before = before
         self.steps = [deque() for _ in range(pp)]
         self.num_done = 0  # of the last stage: plans are numbered from 0
@@ -89,7 +87,7 @@ class Pipeline:
                 Neighbours(before[stage], after[stage], tokens if stage in (0, pp - 1) else None),
                 stage=stage,
                 report=report,
-                **sizes,
+                limits=limits,
             )
             for stage, model in enumerate(models)
         ]

@@ -15,7 +15,7 @@ from gllm.runtime.config import RuntimeConfig
 from gllm.runtime.default_model import PATH
 from gllm.runtime.engine.recording import unpack
 from gllm.runtime.messages import Progress
-from gllm.runtime.replay import as_seen, describe, requests_of
+from gllm.runtime.replay import as_seen, describe, requests_of, stamped
 from gllm.sim.cli import main as sim
 from gllm.trace import Trace, TraceOptions, TraceRequest, write_trace
 
@@ -85,7 +85,8 @@ def with_aborts(trace, out, *, seed, num_aborts, **options):
     lots = random.Random(seed)
     with EngineClient(config) as client:
         client.wait_until_ready()
-        waves = _waves(list(requests_of(client, trace, time.monotonic_ns(), temperature=0.0)), lots)
+        start_ns = time.monotonic_ns()
+        waves = _waves([stamped(each, start_ns) for each in requests_of(client, trace, temperature=0.0)], lots)
         doomed = lots.sample(range(len(trace.requests)), num_aborts)
         left = set(range(len(trace.requests)))
         while left:

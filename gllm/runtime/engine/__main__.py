@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from gllm.core import PlanError, StallError
 from gllm.policy import parse_policy
@@ -27,12 +28,14 @@ from gllm.runtime.messages import (
     Dead,
     Finish,
     Loading,
+    Ping,
     Ready,
     Record,
     StageTime,
     StepDone,
     Stop,
     WorkerFailed,
+    WorkerLoading,
     WorkerReady,
     decode_command,
     decode_report,
@@ -49,6 +52,7 @@ _R = TypeVar("_R", WorkerReady, Allocated)
 _POLL_MS = 200  # how often the workers' launcher is looked after
 _LAST_WORDS_S = 0.5  # for a worker that died, to say why
 _GOODBYE_S = 5.0
+_DOUBT_S = 1.0
 
 
 class Workers:
@@ -58,6 +62,7 @@ class Workers:
         self, config: RuntimeConfig, context: zmq.Context[zmq.Socket[bytes]], address: str, folder: str
     ) -> None:
         self.num = config.num_workers
+        self._doubt_until = 0.0  # till when every worker is asked whether it is there
         self.router, self.monitor = router(context, address)
         self._names = [str(rank).encode() for rank in range(self.num)]
         where = self.router.getsockopt_string(zmq.LAST_ENDPOINT)
@@ -89,7 +94,11 @@ class Workers:
 
     def check(self, *, disconnected: bool) -> None:
         """Raise `EngineDeadError` if a worker or the process that watches them is gone."""
-        if disconnected or self._launcher.poll() is not None:
+        if disconnected:  # perhaps only a stranger who had knocked at our port
+            recv_monitor_message(self.monitor)
+            self._doubt_until = time.monotonic() + _DOUBT_S
+        is_gone = time.monotonic() < self._doubt_until and not all(map(self._reaches, self._names))
+        if is_gone or self._launcher.poll() is not None:
             raise self._death()
 
     def _death(self, said: WorkerFailed | None = None) -> Exception:
@@ -113,9 +122,9 @@ class Workers:
         return said or WorkerFailed(-1, "a worker died") if gone is None else WorkerFailed(-1, f"worker {gone} died")
 
     def _reaches(self, name: bytes) -> bool:
-        """Whether a worker is still there, to be told that all is over."""
+        """Whether a worker is still there."""
         try:
-            self.router.send_multipart((name, encode(Stop())))
+            self.router.send_multipart((name, encode(Ping())))
         except zmq.ZMQError:
             return False
         return True
@@ -203,8 +212,10 @@ class Server:
         self._is_over = True
         recording = self._recording
         if recording is not None:
-            while not recording.is_whole:
-                self._take_reports(loop)
+            while not recording.is_whole:  # the last stage is not always the last to tell its time
+                if self.workers.router.poll(_POLL_MS):
+                    self._take_reports(loop)
+                self.workers.check(disconnected=bool(self.workers.monitor.poll(0)))
             self.tell(Record(recording.pack(wall_s)))
         else:
             self.tell(Record(None))
@@ -231,6 +242,9 @@ class Server:
         while len(found) < self.workers.num:
             if self.workers.router.poll(_POLL_MS):
                 report = self.workers.receive()
+                if isinstance(report, WorkerLoading):
+                    what_now = f"worker {report.rank} has read {report.num_read} of {report.num_tensors} tensors"
+                    self.tell(Loading(what_now))
                 if isinstance(report, kind):
                     found[report.rank] = report
                     self.tell(Loading(f"{len(found)} of {self.workers.num} {what}"))

@@ -62,7 +62,7 @@ class Sequences:
     """All live sequences, and the slots they hold."""
 
     def __init__(self, limits: Limits, eos_token_ids: Iterable[int]) -> None:
-        self._block_size = limits.block_size
+        self._block_size, self._shares = limits.block_size, limits.prefix_caching
         self._max_tokens = limits.max_tokens_per_sequence
         self._eos = frozenset(eos_token_ids)
         self._free_slots = list(range(limits.max_num_seqs - 1, -1, -1))
@@ -180,6 +180,7 @@ class Sequences:
 
     def _final_hashes(self, live: Live) -> list[int]:
         """Of prompt and answer, so that the next turn of a conversation finds them; none where a trace gave its own."""
-        if live.asked.block_hashes is not None or live.asked.params.prompt_logprobs is not None:
+        asked = live.asked
+        if not self._shares or asked.block_hashes is not None or asked.params.prompt_logprobs is not None:
             return []
         return extend_hashes(live.hashes, live.token_ids, self._block_size)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from gllm.runtime.sampling_params import SamplingParams
+from gllm.runtime.sampling_params import FROM_MODEL, SamplingParams
 from gllm.runtime.server.errors import bad_request
 
 if TYPE_CHECKING:
     from gllm.runtime.server.engine import ServedEngine
     from gllm.runtime.server.protocol import GenerationBody
 
-FROM_MODEL = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 FROM_BODY = (
     *("n", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"),
     *("logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "prompt_logprobs"),

@@ -42,10 +42,10 @@ class StageCommunicator:
 class Edge:
     """One way from one rank to another; tensors arrive in the order in which they were sent."""
 
-    def __init__(self, sender: int, receiver: int) -> None:
-        self._sender, self._receiver = sender, receiver
+    def __init__(self, sender: int, receiver: int, max_in_flight: int) -> None:
+        self._sender, self._receiver, self._max_in_flight = sender, receiver, max_in_flight
         self._group = dist.new_group([sender, receiver])
-        self._sent: deque[tuple[dist.Work | None, torch.Tensor]] = deque()
+        self._sent: deque[tuple[dist.Work, torch.Tensor]] = deque()
 
     def greet(self, rank: int, device: torch.device) -> None:
         """Connect both ends now: NCCL's first call on a group waits for the other end's, which may have to wait first.
@@ -60,10 +60,12 @@ class Edge:
 
     def send(self, tensor: torch.Tensor) -> None:
         """Send without waiting; the tensor must not be written any more."""
-        while self._sent and (self._sent[0][0] is None or self._sent[0][0].is_completed()):
-            self._sent.popleft()
         tensor = tensor.contiguous()
-        self._sent.append((dist.isend(tensor, self._receiver, group=self._group), tensor))
+        work = dist.isend(tensor, self._receiver, group=self._group)
+        assert work is not None, "the sender is in the group"
+        self._sent.append((work, tensor))
+        if len(self._sent) > self._max_in_flight:  # received long ago, which gloo tells only to who waits for it
+            self._sent.popleft()[0].wait()
 
     def receive(self, tensor: torch.Tensor) -> torch.Tensor:
         """Fill `tensor` with the next one sent."""
@@ -80,7 +82,9 @@ class Neighbours:
     tokens: Edge | None  # sampled tokens, from the last stage to the first
 
 
-def connect(parallel: Parallel, num_layers: int, rank: int, device: torch.device) -> tuple[Shard, Neighbours]:
+def connect(
+    parallel: Parallel, num_layers: int, rank: int, device: torch.device, max_in_flight: int
+) -> tuple[Shard, Neighbours]:
     """Make all groups, in the same order on every rank; return this rank's."""
     tp, pp = parallel.tp, parallel.pp
     stage, tp_rank = divmod(rank, tp)
@@ -100,15 +104,16 @@ def connect(parallel: Parallel, num_layers: int, rank: int, device: torch.device
         is_last=stage == pp - 1,
         group=communicator,
     )
-    return shard, _edges(pp, tp, rank, device)
+    return shard, _edges(parallel, rank, device, max_in_flight)
 
 
-def _edges(pp: int, tp: int, rank: int, device: torch.device) -> Neighbours:
+def _edges(parallel: Parallel, rank: int, device: torch.device, max_in_flight: int) -> Neighbours:
+    pp, tp = parallel.pp, parallel.tp
     if pp == 1:
         return Neighbours(None, None, None)
     mine: dict[str, Edge] = {}
     for sender in range((pp - 1) * tp):
-        edge = Edge(sender, sender + tp)
+        edge = Edge(sender, sender + tp, max_in_flight)
         edge.greet(rank, device)
         if sender == rank:
             mine["after"] = edge
@@ -116,7 +121,7 @@ def _edges(pp: int, tp: int, rank: int, device: torch.device) -> Neighbours:
             mine["before"] = edge
     for tp_rank in range(tp):
         last = (pp - 1) * tp + tp_rank
-        edge = Edge(last, tp_rank)
+        edge = Edge(last, tp_rank, max_in_flight)
         edge.greet(rank, device)
         if rank in (last, tp_rank):
             mine["tokens"] = edge

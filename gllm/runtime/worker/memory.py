@@ -31,8 +31,7 @@ def weight_bytes(shape: ModelShape, shard: Shard, itemsize: int) -> int:
 
 def block_bytes(shape: ModelShape, shard: Shard, block_size: int, itemsize: int) -> int:
     """One block of the cache on one rank: keys and values of its layers and heads."""
-    num_heads = max(1, shape.num_kv_heads // shard.tp_size)
-    return 2 * len(shard.layers) * num_heads * shape.head_dim * block_size * itemsize
+    return 2 * len(shard.layers) * shape.kv_heads_on(shard.tp_size) * shape.head_dim * block_size * itemsize
 
 
 def activation_bytes(shape: ModelShape, shard: Shard, num_tokens: int, itemsize: int) -> int:

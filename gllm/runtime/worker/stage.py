@@ -6,7 +6,6 @@ one sampled; those go straight back to it, never through the engine.
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -15,17 +14,22 @@ import torch
 
 from gllm.runtime.attention_batch import KVCache, allocate_caches
 from gllm.runtime.messages import StageTime, StepDone
+from gllm.runtime.worker.clock import StageClock
 from gllm.runtime.worker.inputs import SlotTable
+from gllm.runtime.worker.memory import MAX_SAMPLED
 from gllm.runtime.worker.sampler import Sampler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gllm.core import Limits
     from gllm.runtime.messages import Report, Step
     from gllm.runtime.models.stage import StageModel
     from gllm.runtime.outputs import Logprobs
+    from gllm.runtime.worker.clock import Stamp
     from gllm.runtime.worker.groups import Neighbours
     from gllm.runtime.worker.inputs import Inputs
+    from gllm.runtime.worker.sampler import Sampled
 
 
 class _Awaited(NamedTuple):
@@ -44,22 +48,27 @@ class Stage:
         neighbours: Neighbours,
         *,
         stage: int,
-        num_blocks: int,
-        block_size: int,
-        max_num_seqs: int,
-        max_model_len: int,
+        limits: Limits,
+        keeps_time: bool = True,
         report: Callable[[Report], None] | None,
     ) -> None:
         self._model, self._neighbours, self._stage = model, neighbours, stage
         self._report = report  # None: another rank of the stage speaks for it
+        self._max_in_flight = limits.max_in_flight
         shard, device = model.shard, model.device
         self._caches: list[KVCache] = allocate_caches(
-            model.config, shard, num_blocks=num_blocks, block_size=block_size, dtype=model.dtype, device=device
+            model.config,
+            shard,
+            num_blocks=limits.num_blocks,
+            block_size=limits.block_size,
+            dtype=model.dtype,
+            device=device,
         )
-        self._table = SlotTable(max_num_seqs, max_model_len, block_size, device)
-        self._last_tokens = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
+        self._table = SlotTable(limits.max_num_seqs, limits.max_model_len, limits.block_size, device)
+        self._last_tokens = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=device)
+        self._clock = StageClock(device) if keeps_time and report is not None else None
         self._awaited: deque[_Awaited] = deque()
-        self._sampler = Sampler(max_num_seqs, model.config.shape.vocab_size, device) if shard.is_last else None
+        self._sampler = Sampler(limits.max_num_seqs, model.config.shape.vocab_size, device) if shard.is_last else None
         self._prompt_logprobs: dict[int, int] = {}  # slot -> how many alternatives its prompt's tokens are told with
 
     @torch.inference_mode()
@@ -68,17 +77,16 @@ class Stage:
         inputs = self._table.inputs(step)
         self._admit(step)
         x_TD = self._first(step, inputs) if self._model.shard.is_first else self._received(inputs.num_tokens)
-        start_ns = time.monotonic_ns()
+        start = self._stamp()
         x_TD = self._model(x_TD, inputs.batch, self._caches)
         if self._sampler is None:
-            self._synchronize()
-            end_ns = time.monotonic_ns()
+            end = self._stamp()
             assert self._neighbours.after is not None
             self._neighbours.after.send(x_TD)
-            self._tell(StageTime(step.plan, self._stage, start_ns, end_ns))
+            self._tell_time(step.plan, start, end)
         else:
             done = self._sample(step, inputs, x_TD, self._sampler)
-            self._tell(StageTime(step.plan, self._stage, start_ns, time.monotonic_ns()))
+            self._tell_time(step.plan, start, self._stamp())
             self._tell(done)
         if self._model.shard.is_first and inputs.sampled_slots and self._neighbours.tokens is not None:
             self._awaited.append(_Awaited(step.plan, inputs.sampled_slots))
@@ -95,7 +103,9 @@ class Stage:
 
     def _first(self, step: Step, inputs: Inputs) -> torch.Tensor:
         """Embed the step's tokens, the newest ones of its decodes included."""
-        while self._awaited and self._awaited[0].plan <= step.depends_on:
+        # Beyond the pipeline's length they are surely sent, though nobody may ever feed them in: let none pile up.
+        newest = max(step.depends_on, step.plan - self._max_in_flight)
+        while self._awaited and self._awaited[0].plan <= newest:
             self._take_tokens(self._awaited.popleft().slots)
         if inputs.decode_slots.size:
             slots = torch.from_numpy(inputs.decode_slots.astype(np.int64)).to(self._model.device)
@@ -116,18 +126,21 @@ class Stage:
     def _sample(self, step: Step, inputs: Inputs, x_TD: torch.Tensor, sampler: Sampler) -> StepDone:
         told = self._tell_prompts(step, inputs, x_TD, sampler)
         if not inputs.sampled_slots:
-            self._synchronize()
             return StepDone(step.plan, b"", None, told)
-        logits_RV = self._model.logits(x_TD[inputs.sampled_rows_R])
-        slots = torch.tensor(inputs.sampled_slots, device=self._model.device)
-        sampled = sampler(logits_RV, inputs.sampled_slots, slots)
-        tokens = sampled.tokens_S.to(torch.int64)
+        slots = inputs.sampled_slots
+        x_RD = x_TD[inputs.sampled_rows_R]
+        # In parts, so that the logits of a large batch never exist all at once.
+        parts = [
+            sampler(self._model.logits(x_RD[part]), slots[part], torch.tensor(slots[part], device=self._model.device))
+            for part in _parts(len(slots))
+        ]
+        tokens = torch.cat([part.tokens_S for part in parts]).to(torch.int64)
         if self._neighbours.tokens is None:
             self._last_tokens[slots] = tokens
         else:
             self._neighbours.tokens.send(tokens)
         # The only wait of a step: for the tokens themselves.
-        return StepDone(step.plan, tokens.to(torch.int32).cpu().numpy().tobytes(), sampled.logprobs, told)
+        return StepDone(step.plan, tokens.to(torch.int32).cpu().numpy().tobytes(), _logprobs(parts), told)
 
     def _tell_prompts(
         self, step: Step, inputs: Inputs, x_TD: torch.Tensor, sampler: Sampler
@@ -142,8 +155,11 @@ class Stage:
             following = self._table.prompt(chunk.slot)[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
             if wanted is not None and following.size:
                 next_ids = torch.from_numpy(following.copy()).to(self._model.device)
-                logits_RV = self._model.logits(x_TD[at : at + following.size])
-                told.append((number, sampler.prompt_logprobs(logits_RV, next_ids, wanted)))
+                x_RD = x_TD[at : at + following.size]
+                entries: list[Logprobs] = []
+                for part in _parts(following.size):
+                    entries += sampler.prompt_logprobs(self._model.logits(x_RD[part]), next_ids[part], wanted)
+                told.append((number, entries))
             at += chunk.num_tokens
         return told
 
@@ -151,7 +167,21 @@ class Stage:
         if self._report is not None:
             self._report(report)
 
-    def _synchronize(self) -> None:
-        """So that a stage's time is the time of its work, not of its launch."""
-        if self._model.device.type == "cuda":
-            torch.cuda.synchronize(self._model.device)
+    def _stamp(self) -> Stamp:
+        return 0 if self._clock is None else self._clock.stamp()
+
+    def _tell_time(self, plan: int, start: Stamp, end: Stamp) -> None:
+        if self._clock is not None:
+            self._tell(StageTime(plan, self._stage, self._clock.read_ns(start), self._clock.read_ns(end)))
+
+
+def _parts(num_rows: int) -> list[slice]:
+    """Rows that pass the head together."""
+    return [slice(start, start + MAX_SAMPLED) for start in range(0, num_rows, MAX_SAMPLED)]
+
+
+def _logprobs(parts: list[Sampled]) -> list[Logprobs | None] | None:
+    """By row, where asked for; None if no row asked."""
+    told = [part.logprobs or [None] * len(part.tokens_S) for part in parts]
+    found = [entry for entries in told for entry in entries]
+    return found if any(entry is not None for entry in found) else None

@@ -8,9 +8,11 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 import torch.distributed as dist
 import zmq
@@ -18,7 +20,17 @@ import zmq
 from gllm.policy import parse_policy
 from gllm.runtime.channels import watch_connection, worker_socket
 from gllm.runtime.errors import StartError
-from gllm.runtime.messages import Allocate, Allocated, Step, WorkerFailed, WorkerReady, decode_order, encode
+from gllm.runtime.messages import (
+    Allocate,
+    Allocated,
+    Step,
+    Stop,
+    WorkerFailed,
+    WorkerLoading,
+    WorkerReady,
+    decode_order,
+    encode,
+)
 from gllm.runtime.models import MODELS
 from gllm.runtime.weights import fill_with_dummy_weights, load_weights
 from gllm.runtime.worker.groups import connect
@@ -36,6 +48,7 @@ if TYPE_CHECKING:
 
 
 _LOOK_S = 0.2
+_LOADING_S = 1.0
 _MIN_WIDTH_FOR_THREADS = 512
 _MOURNING_S = 5.0  # the launcher blames whoever ends first: that must be who died, not who lost a neighbour by it
 
@@ -50,9 +63,8 @@ def work(config: RuntimeConfig, address: str) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
-    shared = [address]
-    dist.broadcast_object_list(shared, device=torch.device("cpu"))  # node 0 knows where its engine listens
-    line = worker_socket(zmq.Context(), shared[0], str(rank).encode())
+    address, config = _agree(address, config)
+    line = worker_socket(zmq.Context(), address, str(rank).encode())
     is_over = threading.Event()
     watch_connection(line, is_over)
 
@@ -71,6 +83,16 @@ def work(config: RuntimeConfig, address: str) -> None:
         report(WorkerFailed(rank, *_explain(rank, error, is_loaded=is_loaded)))
         time.sleep(_MOURNING_S)
         sys.exit(1)
+
+
+def _agree(address: str, config: RuntimeConfig) -> tuple[str, RuntimeConfig]:
+    """Node 0's word: where its engine listens, and how the model is served. A node's own is where it has the model."""
+    shared: list[Any] = [address, msgspec.json.encode(config)]
+    dist.broadcast_object_list(shared, device=torch.device("cpu"))
+    theirs = msgspec.json.decode(shared[1], type=type(config))
+    if theirs.num_workers != dist.get_world_size():
+        raise StartError("the nodes do not agree on --pp, --tp or --nnodes; start them with the same options")
+    return shared[0], replace(theirs, nodes=config.nodes, model=config.model)
 
 
 def check_devices(config: RuntimeConfig) -> None:
@@ -126,21 +148,31 @@ class Worker:
     def __init__(self, config: RuntimeConfig, rank: int, device: torch.device, report: Tell) -> None:
         self._config, self._rank, self._report = config, rank, report
         self._stage: Stage | None = None
-        model, self._limits = config.check(), config.limits(num_blocks=1)
+        self._told = time.monotonic()
+        model = config.check()
+        longest = config.max_model_len or model.max_position_embeddings
+        self._limits = config.limits(num_blocks=-(-longest // config.block_size))  # until the engine says how many
         if device.type == "cpu":
             torch.set_num_threads(num_threads(model, config.num_local_workers))
-        shard, self._neighbours = connect(config.parallel, model.shape.num_layers, rank, device)
+        shard, self._neighbours = connect(
+            config.parallel, model.shape.num_layers, rank, device, self._limits.max_in_flight
+        )
         dtype = choose_dtype(config, model, device)
         check_weights(model.shape, shard, config, dtype.itemsize, device)
         self._model = MODELS[model.architecture](model, shard, dtype, device)
         if config.load_format == "dummy":
             fill_with_dummy_weights(self._model, seed=config.seed)
         else:
-            load_weights(self._model, Path(config.model))
+            load_weights(self._model, Path(config.model), progress=self._tell_loading)
         self._model.eval()
         max_batch_tokens = parse_policy(config.policy).max_batch_tokens(self._limits)
         num_blocks = room_for_blocks(model.shape, shard, config, self._limits, max_batch_tokens, dtype, device)
         report(WorkerReady(rank, num_blocks, describe(device)))
+
+    def _tell_loading(self, num_read: int, num_tensors: int) -> None:
+        if time.monotonic() - self._told > _LOADING_S:
+            self._told = time.monotonic()
+            self._report(WorkerLoading(self._rank, num_read, num_tensors))
 
     def run(self, receive: Callable[[], Order]) -> None:
         """Follow orders until one says to stop."""
@@ -151,7 +183,7 @@ class Worker:
                 self._stage.run(order)
             elif isinstance(order, Allocate):
                 self._allocate(order.num_blocks)
-            else:
+            elif isinstance(order, Stop):
                 return
 
     def _allocate(self, num_blocks: int) -> None:
@@ -160,10 +192,8 @@ class Worker:
             self._model,
             self._neighbours,
             stage=stage,
-            num_blocks=num_blocks,
-            block_size=self._config.block_size,
-            max_num_seqs=self._config.max_num_seqs,
-            max_model_len=self._limits.max_model_len,
+            limits=replace(self._limits, num_blocks=num_blocks),
+            keeps_time=self._config.record is not None,
             report=self._report if tp_rank == 0 else None,
         )
         self._report(Allocated(self._rank))
@@ -177,7 +207,8 @@ def num_threads(model: ModelConfig, num_workers: int) -> int:
     """
     if model.shape.hidden_size < _MIN_WIDTH_FOR_THREADS:
         return 1
-    return max(1, (os.cpu_count() or 1) // num_workers)
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, allowed // num_workers)
 
 
 def choose_dtype(config: RuntimeConfig, model: ModelConfig, device: torch.device) -> torch.dtype:

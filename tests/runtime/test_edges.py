@@ -1,0 +1,63 @@
+"""Between stages: what was sent is not kept for ever, and what nobody feeds in is taken all the same."""
+
+import os
+from multiprocessing import get_context
+
+import pytest
+import torch
+import torch.distributed as dist
+from runtime.inprocess import local_llm
+from runtime.tiny_models import make
+
+from gllm import SamplingParams
+from gllm.parallel import Parallel
+from gllm.runtime.worker.groups import connect
+
+MAX_IN_FLIGHT = 3
+NUM_SENT = 40
+
+
+def _rank(rank, port, found):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    _, neighbours = connect(Parallel(pp=2), 4, rank, torch.device("cpu"), MAX_IN_FLIGHT)
+    for number in range(NUM_SENT):
+        if rank == 0:
+            neighbours.after.send(torch.full((4,), float(number)))
+        else:
+            assert neighbours.before.receive(torch.zeros(4)).tolist() == [number] * 4
+    found.put((rank, len(neighbours.after._sent) if rank == 0 else 0))
+    dist.barrier()
+
+
+def test_an_edge_keeps_no_more_than_may_be_on_the_road(unused_port):
+    context = get_context("spawn")
+    found = context.Queue()
+    ranks = [context.Process(target=_rank, args=(rank, unused_port, found), daemon=True) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    kept = dict(found.get(timeout=60) for _ in ranks)
+    for process in ranks:
+        process.join(30)
+        assert process.exitcode == 0
+    assert kept[0] == MAX_IN_FLIGHT
+
+
+@pytest.fixture
+def unused_port():
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def test_tokens_that_no_step_feeds_in_do_not_pile_up(tmp_path):
+    """Answers of one token, one after another: the first stage never needs what the last one sampled."""
+    make("qwen3", tmp_path)
+    with local_llm(tmp_path, pp=2) as llm:
+        for number in range(12):
+            llm.generate([[1 + number, 2, 3]], SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+        first, last = llm._client.pipeline.stages
+        assert len(first._awaited) <= 2
+        assert len(last._neighbours.tokens.sent) <= 2
