@@ -133,18 +133,17 @@ class Simulation:
         """The policy asked to be woken now, whatever is on the road."""
         self._turn(instant.at, ())
 
-    def _return(self, instant: Instant) -> None:
+    def _return(self, now: int, ends_ns: Sequence[int]) -> None:
         plan, costs, stopped, dispatched, queue = self._flights.popleft()
-        now = instant.at
         self._turn(now, (StepResult(plan.id, stopped),))
-        self._record(plan, dispatched, queue, now, instant.note, costs)
+        self._record(plan, dispatched, queue, now, ends_ns, costs)
 
-    def _return_amended(self, instant: Instant) -> None:
+    def _return_amended(self, now: int, ends_ns: Sequence[int]) -> None:
         """A result with what the script knows of it."""
         assert self._script is not None
         plan, _, stopped, _, _ = self._flights[0]
         self._script.amend(plan.id, stopped)
-        self._return(instant)
+        self._return(now, ends_ns)
 
     def _turn(self, now: int, results: tuple[StepResult, ...]) -> None:
         arrived: Sequence[Request] = ()

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from heapq import heappush
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import simpy
@@ -27,20 +28,25 @@ RESULT, WAKE = 2, 3
 class Instant(simpy.Event):
     """One callback at time `at`, after everything of that instant with a smaller `priority`.
 
-    Set up as simpy's own `Timeout` is, which has no priority; one is made for each micro-batch.
+    Set up as simpy's own `Timeout` is, which has no priority.
     """
 
-    def __init__(self, env: simpy.Environment, at: int, priority: int, callback: Done, note: Any = None) -> None:  # noqa: ANN401
+    def __init__(self, env: simpy.Environment, at: int, priority: int, callback: Callable[[Instant], None]) -> None:
         self.env = env
         self.callbacks = [callback]
         self._ok = True
-        self._value = self.note = note
+        self._value = None
         self.at = at
         env.schedule(self, priority, at - env.now)  # type: ignore[arg-type]  # any int orders; simpy names two
 
 
-Done = Callable[["Instant"], None]
-"""Called at the end of the instant a result is back; `at` is the time, `note` when each stage ended."""
+Done = Callable[[int, Sequence[int]], None]
+"""Called at the end of the instant a result is back, with the time and when each stage ended."""
+
+
+def report(env: simpy.Environment, at: int, ends_ns: Sequence[int], done: Done) -> None:
+    """Have `done` called at time `at`."""
+    Instant(env, at, RESULT, lambda instant: done(instant.at, ends_ns))
 
 
 class Pipeline(Protocol):
@@ -63,10 +69,18 @@ class Pipeline(Protocol):
 
 
 class RecurrencePipeline:
-    """The max-plus recurrence; one simpy event a micro-batch. `after` reaches back `memory` batches."""
+    """The max-plus recurrence; one simpy event a micro-batch. `after` reaches back `memory` batches.
+
+    Results come back in order, so a single event object stands for all of them: it goes into simpy's queue once for
+    each, and what it stands for is the oldest entry of `_road`.
+    """
 
     def __init__(self, env: simpy.Environment, num_stages: int, memory: int) -> None:
-        self._env = env
+        self._queue, self._event_ids = env._queue, env._eid  # noqa: SLF001 - as `Environment.schedule` uses them
+        self._exit = env.event()
+        self._exit._ok = True  # noqa: SLF001
+        self._callbacks = self._exit.callbacks = [self._leave]
+        self._road: deque[tuple[int, list[int], Done]] = deque()
         self._ends = [0] * num_stages
         self._memory = memory
         self._exits: deque[int] = deque(maxlen=memory)
@@ -80,17 +94,25 @@ class RecurrencePipeline:
         if after >= 0 and after >= self._count - len(self._exits):
             time = max(time, self._exits[after - self._count] + (return_ns if len(self._ends) > 1 else 0))
         ends = []
-        for cost, end in zip(costs_ns, self._ends, strict=True):
+        for cost, end in zip(costs_ns, self._ends):  # noqa: B905 - `strict` costs as much as the loop
             if end > time:  # noqa: PLR1730 - the hottest loop of all: a call of max() costs more than the rest
                 time = end
             time += cost
             ends.append(time)
             time += transfer_ns
         self._ends = ends
+        time -= transfer_ns
         if self._memory:
             self._count += 1
-            self._exits.append(time - transfer_ns)
-        Instant(self._env, time - transfer_ns + return_ns, RESULT, done, ends)
+            self._exits.append(time)
+        time += return_ns
+        self._road.append((time, ends, done))
+        heappush(self._queue, (time, RESULT, next(self._event_ids), self._exit))  # type: ignore[misc]
+
+    def _leave(self, event: simpy.Event) -> None:
+        event.callbacks = self._callbacks  # simpy took them off
+        at, ends, done = self._road.popleft()
+        done(at, ends)
 
 
 class ProcessPipeline:
@@ -126,7 +148,7 @@ class ProcessPipeline:
                 self._queues[stage + 1].put(job)
             else:
                 job.exit.succeed(job.ends[-1])
-                Instant(env, job.ends[-1] + job.return_ns, RESULT, job.done, job.ends)
+                report(env, job.ends[-1] + job.return_ns, job.ends, job.done)
 
 
 class _Job(NamedTuple):

@@ -21,7 +21,7 @@ from gllm.report.decision_log import DecisionLog, decision_line
 from gllm.report.recorder import Recorder
 from gllm.sim.cost import COMPONENTS
 from gllm.sim.driver import Simulation
-from gllm.sim.pipeline import RESULT, Instant
+from gllm.sim.pipeline import report
 from gllm.sim.recording import Moment
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ class RecordedPipeline:
         self._count += 1
         if plan < len(self._returns_ns):
             at = self._returns_ns[plan]
-            Instant(self._env, at, RESULT, done, [at])
+            report(self._env, at, [at], done)
 
 
 class RecordedScript:

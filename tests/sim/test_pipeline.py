@@ -42,8 +42,8 @@ def test_by_hand(pipeline):
     env = simpy.Environment()
     line = pipeline(env, 2, 4)
     seen = []
-    line.submit(0, (5, 2), 1, 100, -1, lambda instant: seen.append((instant.at, list(instant.note))))
-    line.submit(0, (1, 3), 1, 100, -1, lambda instant: seen.append((instant.at, list(instant.note))))
-    line.submit(0, (1, 1), 1, 100, 1, lambda instant: seen.append((instant.at, list(instant.note))))
+    line.submit(0, (5, 2), 1, 100, -1, lambda at, ends: seen.append((at, list(ends))))
+    line.submit(0, (1, 3), 1, 100, -1, lambda at, ends: seen.append((at, list(ends))))
+    line.submit(0, (1, 1), 1, 100, 1, lambda at, ends: seen.append((at, list(ends))))
     env.run()
     assert seen == [(108, [5, 8]), (111, [6, 11]), (214, [112, 114])]
