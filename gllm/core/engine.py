@@ -35,13 +35,18 @@ def _id_of(stopped: Stopped) -> int:
     return stopped.id
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class Turn:
     """What to do: dispatch `plans` in order, then wait for a result, an arrival or `wait.until_ns`."""
 
     plans: list[Plan]
     events: list[Event]
     wait: Wait
+
+    def __init__(self, plans: list[Plan], events: list[Event], wait: Wait) -> None:
+        self.plans = plans
+        self.events = events
+        self.wait = wait
 
 
 class Engine:

@@ -76,7 +76,6 @@ class Simulation:
         self._view = engine.view
         self._host_ns, self._return_ns = cost.host_ns, cost.return_ns
         # Bound once: these are called for every micro-batch.
-        self._engine_turn, self._record = engine.turn, recorder.batch
         self._stage_ns, self._transfer_ns = cost.stage_ns, cost.transfer_ns
         self._recorder = recorder
         self._log = log
@@ -136,7 +135,7 @@ class Simulation:
     def _return(self, now: int, ends_ns: Sequence[int]) -> None:
         plan, costs, stopped, dispatched, queue = self._flights.popleft()
         self._turn(now, (StepResult(plan.id, stopped),))
-        self._record(plan, dispatched, queue, now, ends_ns, costs)
+        self._recorder.batch(plan, dispatched, queue, now, ends_ns, costs)
 
     def _return_amended(self, now: int, ends_ns: Sequence[int]) -> None:
         """A result with what the script knows of it."""
@@ -150,7 +149,7 @@ class Simulation:
         aborts: Sequence[int] = ()
         if self._news:
             arrived, aborts = self._take_news()
-        turn = self._engine_turn(results, arrived, aborts, now=now)
+        turn = self.engine.turn(results, arrived, aborts, now=now)
         if turn.events:
             self._recorder.events(now, turn.events)
         if self._log is not None:
