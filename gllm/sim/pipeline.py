@@ -40,22 +40,17 @@ class Instant(simpy.Event):
         env.schedule(self, priority, at - env.now)  # type: ignore[arg-type]  # any int orders; simpy names two
 
 
-Done = Callable[[int, Sequence[int]], None]
-"""Called at the end of the instant a result is back, with the time and when each stage ended."""
-
-
-def report(env: simpy.Environment, at: int, ends_ns: Sequence[int], done: Done) -> None:
-    """Have `done` called at time `at`."""
-    Instant(env, at, RESULT, lambda instant: done(instant.at, ends_ns))
+Done = Callable[["simpy.Event"], None]
+"""Called for each micro-batch, in order, at the end of the instant its result is back at the engine."""
 
 
 class Pipeline(Protocol):
-    """Takes micro-batches 0, 1, 2, ... and reports each when its result is back at the engine."""
+    """Takes micro-batches 0, 1, 2, ... and is done with each `return_ns` after its last stage has ended."""
 
-    def submit(  # noqa: PLR0917 - positional: once for each simulated micro-batch
-        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int, done: Done
-    ) -> None:
-        """Enter the next micro-batch.
+    def submit(
+        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int
+    ) -> Sequence[int]:
+        """Enter the next micro-batch; return when each stage ends it, complete when its result is back.
 
         Args:
             ready_ns: stage 0 may start then.
@@ -64,7 +59,6 @@ class Pipeline(Protocol):
             return_ns: from the last stage back to the engine.
             after: the batch whose sampled tokens stage 0 needs, if it may still be on the road; else -1. With one
                 stage they are on its GPU already, with more they come back by way of the engine.
-            done: what to call when the result is back.
         """
 
 
@@ -72,23 +66,22 @@ class RecurrencePipeline:
     """The max-plus recurrence; one simpy event a micro-batch. `after` reaches back `memory` batches.
 
     Results come back in order, so a single event object stands for all of them: it goes into simpy's queue once for
-    each, and what it stands for is the oldest entry of `_road`.
+    each.
     """
 
-    def __init__(self, env: simpy.Environment, num_stages: int, memory: int) -> None:
+    def __init__(self, env: simpy.Environment, num_stages: int, memory: int, done: Done) -> None:
         self._queue, self._event_ids = env._queue, env._eid  # noqa: SLF001 - as `Environment.schedule` uses them
         self._exit = env.event()
         self._exit._ok = True  # noqa: SLF001
-        self._callbacks = self._exit.callbacks = [self._leave]
-        self._road: deque[tuple[int, list[int], Done]] = deque()
+        self._callbacks = self._exit.callbacks = [self._rearm, done]
         self._ends = [0] * num_stages
         self._memory = memory
         self._exits: deque[int] = deque(maxlen=memory)
         self._count = 0
 
-    def submit(  # noqa: PLR0917
-        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int, done: Done
-    ) -> None:
+    def submit(
+        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int
+    ) -> Sequence[int]:
         """Enter the next micro-batch."""
         time = ready_ns
         if after >= 0 and after >= self._count - len(self._exits):
@@ -105,33 +98,33 @@ class RecurrencePipeline:
         if self._memory:
             self._count += 1
             self._exits.append(time)
-        time += return_ns
-        self._road.append((time, ends, done))
-        heappush(self._queue, (time, RESULT, next(self._event_ids), self._exit))  # type: ignore[misc]
+        entry = (time + return_ns, RESULT, next(self._event_ids), self._exit)
+        heappush(self._queue, entry)  # type: ignore[misc]  # any int orders; simpy names two
+        return ends
 
-    def _leave(self, event: simpy.Event) -> None:
-        event.callbacks = self._callbacks  # simpy took them off
-        at, ends, done = self._road.popleft()
-        done(at, ends)
+    def _rearm(self, event: simpy.Event) -> None:
+        event.callbacks = self._callbacks  # simpy takes them off what it has processed
 
 
 class ProcessPipeline:
     """One simpy process per stage, joined by queues."""
 
-    def __init__(self, env: simpy.Environment, num_stages: int, memory: int) -> None:  # noqa: ARG002 - same signature
-        self._env = env
+    def __init__(self, env: simpy.Environment, num_stages: int, memory: int, done: Done) -> None:  # noqa: ARG002 - same signature
+        self._env, self._done = env, done
         self._exits: list[simpy.Event] = []
         self._queues = [simpy.Store(env) for _ in range(num_stages)]
         for stage in range(num_stages):
             env.process(self._stage(stage))
 
-    def submit(  # noqa: PLR0917
-        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int, done: Done
-    ) -> None:
+    def submit(
+        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int
+    ) -> Sequence[int]:
         """Enter the next micro-batch."""
         token = self._exits[after] if after >= 0 else None
         self._exits.append(self._env.event())
-        self._queues[0].put(_Job(ready_ns, costs_ns, transfer_ns, return_ns, token, self._exits[-1], done, []))
+        ends: list[int] = []
+        self._queues[0].put(_Job(ready_ns, costs_ns, transfer_ns, return_ns, token, self._exits[-1], ends))
+        return ends
 
     def _stage(self, stage: int) -> Generator[simpy.Event, Any, None]:
         env = self._env
@@ -148,7 +141,7 @@ class ProcessPipeline:
                 self._queues[stage + 1].put(job)
             else:
                 job.exit.succeed(job.ends[-1])
-                report(env, job.ends[-1] + job.return_ns, job.ends, job.done)
+                Instant(env, job.ends[-1] + job.return_ns, RESULT, self._done)
 
 
 class _Job(NamedTuple):
@@ -158,5 +151,4 @@ class _Job(NamedTuple):
     return_ns: int
     token: simpy.Event | None
     exit: simpy.Event
-    done: Done
     ends: list[int]
