@@ -18,6 +18,7 @@ from gllm.policy import (
     Throttle,
     format_policy,
     parse_policy,
+    policy_options,
 )
 
 
@@ -106,3 +107,7 @@ def test_what_differs_is_named():
 )
 def test_any_throttle_survives_the_round_trip(policy):
     assert parse_policy(format_policy(policy)) == policy
+
+
+def test_all_options_by_name():
+    assert policy_options(Orca(order=Priority())) == {"order": "priority"}
