@@ -1,4 +1,4 @@
-"""What the engine hands out (`Plan`) and what a shell hands back (`StepResult`).
+"""What the engine hands out (`Plan`, `Turn`) and what a shell hands back (`StepResult`).
 
 Of what is made for every micro-batch, constructors are spelled out: mypyc compiles them, where the ones that
 `dataclass` writes stay the interpreter's.
@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from gllm.core.request import NEVER, Sequence
 
 if TYPE_CHECKING:
-    from gllm.core.decision import Snapshot
+    from gllm.core.decision import Snapshot, Wait
+    from gllm.core.events import Event
     from gllm.core.rotation import DecodeGroup
 
 
@@ -87,6 +88,20 @@ class Plan:
 
     def __repr__(self) -> str:
         return f"Plan({self.id}: {self.num_prefill_tokens} prefill + {self.num_decode_tokens} decode tokens)"
+
+
+@dataclass(slots=True, init=False)
+class Turn:
+    """What to do: dispatch `plans` in order, then wait for a result, an arrival or `wait.until_ns`."""
+
+    plans: list[Plan]
+    events: list[Event]
+    wait: Wait
+
+    def __init__(self, plans: list[Plan], events: list[Event], wait: Wait) -> None:
+        self.plans = plans
+        self.events = events
+        self.wait = wait
 
 
 @dataclass(slots=True)

@@ -14,14 +14,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from heapq import heappush
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import simpy
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-RESULT, WAKE = 2, 3
+RESULT: Final = 2
+WAKE: Final = 3
 """simpy priorities below NORMAL (1): an instant's arrivals first, then its results, then what is left to decide."""
 
 
