@@ -26,6 +26,7 @@ HOT = [
 if os.environ.get("GLLM_COMPILE", "0") != "0":
     from mypyc.build import mypycify
 
-    setup(ext_modules=mypycify(HOT, opt_level="3", debug_level="0"))
+    # What hot modules merely import for its types (the runtime) may need packages that this build has no use for.
+    setup(ext_modules=mypycify(["--follow-imports=silent", *HOT], opt_level="3", debug_level="0"))
 else:
     setup()

@@ -18,10 +18,10 @@ from gllm.core.decision import (
     Wait,
     WaitReason,
 )
-from gllm.core.engine import Engine, Turn
+from gllm.core.engine import Engine
 from gllm.core.events import Event, Finished, FirstToken, Preempted, Rejected, Scheduled
 from gllm.core.kvcache import BlockPool
-from gllm.core.plan import Chunk, Joined, Plan, StepResult, Stopped
+from gllm.core.plan import Chunk, Joined, Plan, StepResult, Stopped, Turn
 from gllm.core.request import NEVER, Phase, Request, Sequence
 from gllm.core.rotation import DecodeGroup
 

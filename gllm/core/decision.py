@@ -174,13 +174,20 @@ class WaitReason(StrEnum):
     HELD = "held"  # the policy holds work back on purpose
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class Batch:
     """Plan one micro-batch: these chunks, and `num_decode` steps of the rotation or these sequences."""
 
-    prefill: Seq[tuple[SequenceView, int]] = ()  # (sequence, tokens to compute)
-    num_decode: int = 0
-    decode: Seq[SequenceView] = ()  # name ready sequences instead of counting them
+    prefill: Seq[tuple[SequenceView, int]]  # (sequence, tokens to compute)
+    num_decode: int
+    decode: Seq[SequenceView]  # name ready sequences instead of counting them
+
+    def __init__(
+        self, prefill: Seq[tuple[SequenceView, int]] = (), num_decode: int = 0, decode: Seq[SequenceView] = ()
+    ) -> None:
+        self.prefill = prefill
+        self.num_decode = num_decode
+        self.decode = decode
 
 
 class Preempt(NamedTuple):

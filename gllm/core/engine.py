@@ -7,13 +7,12 @@ engine has no clock, does no I/O, draws no lots and never sees a token's value.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from gllm.core.decision import Batch, PlanError, Preempt, StallError, Wait, WaitReason
 from gllm.core.events import Event, Finished, FirstToken, Preempted, Rejected
 from gllm.core.invariants import check_invariants
-from gllm.core.plan import Plan
+from gllm.core.plan import Plan, Turn
 from gllm.core.planning import check_victims, plan_batch
 from gllm.core.request import DECODING, FINISHED, NEVER, PREFILLED, PREFILLING, WAITING, Sequence
 from gllm.core.rotation import DecodeGroup
@@ -26,22 +25,13 @@ if TYPE_CHECKING:
     from gllm.core.plan import StepResult, Stopped
     from gllm.core.request import Request
 
-_PIPELINE_FULL = Wait(WaitReason.PIPELINE_FULL)
-_NOTHING_READY = Wait(WaitReason.NOTHING_READY)
-_NO_WORK = Wait(WaitReason.NO_WORK)
+_PIPELINE_FULL: Final = Wait(WaitReason.PIPELINE_FULL)
+_NOTHING_READY: Final = Wait(WaitReason.NOTHING_READY)
+_NO_WORK: Final = Wait(WaitReason.NO_WORK)
 
 
 def _id_of(stopped: Stopped) -> int:
     return stopped.id
-
-
-@dataclass(slots=True)
-class Turn:
-    """What to do: dispatch `plans` in order, then wait for a result, an arrival or `wait.until_ns`."""
-
-    plans: list[Plan]
-    events: list[Event]
-    wait: Wait
 
 
 class Engine:
@@ -97,13 +87,13 @@ class Engine:
         return Turn(plans, events, self._decide(plans))
 
     def _decide(self, plans: list[Plan]) -> Wait:
-        state, decide = self._state, self.policy.decide
+        state = self._state
         room = self.limits.max_in_flight - len(state.in_flight)
         while room:
             if not (state.rotation.num_ready or state.num_waiting_tokens):
                 return _NOTHING_READY if state.sequences else _NO_WORK
             snapshot = state.snapshot() if self._keep_snapshots else None
-            decision = decide(state)
+            decision = self.policy.decide(state)
             if type(decision) is Batch:
                 plan = plan_batch(state, decision, self._max_batch_tokens, self._events)
                 plans.append(plan)
@@ -170,13 +160,13 @@ class Engine:
         # By id, so that blocks are freed in one order, whichever way a shell found out.
         for entry in stopped if len(stopped) < 2 else sorted(stopped, key=_id_of):
             self._stop(entry)
-        for sequence in plan.ending:
-            if sequence.phase is not FINISHED:
-                self._end(sequence, "length")
+        if plan.ending:
+            self._end_at_limit(plan.ending)
         if not plan.released:
             self._release(plan)
-        for sequence in plan.late:
-            self._free(sequence)
+        if plan.late:
+            for sequence in plan.late:
+                self._free(sequence)
         if self._looks_ahead:
             self._release_early()
 
@@ -256,6 +246,11 @@ class Engine:
         elif sequence.blocks:
             self._free(sequence)
         self._events.append(Finished(sequence.id, reason, num_output_tokens))
+
+    def _end_at_limit(self, sequences: Iterable[Sequence]) -> None:
+        for sequence in sequences:
+            if sequence.phase is not FINISHED:
+                self._end(sequence, "length")
 
     def _withdraw(self, sequence: Sequence) -> None:
         """Take a sequence out of whichever queue holds it, and out of the counters."""

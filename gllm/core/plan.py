@@ -1,4 +1,8 @@
-"""What the engine hands out (`Plan`) and what a shell hands back (`StepResult`)."""
+"""What the engine hands out (`Plan`, `Turn`) and what a shell hands back (`StepResult`).
+
+Of what is made for every micro-batch, constructors are spelled out: mypyc compiles them, where the ones that
+`dataclass` writes stay the interpreter's.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,12 @@ from typing import TYPE_CHECKING
 from gllm.core.request import NEVER, Sequence
 
 if TYPE_CHECKING:
-    from gllm.core.decision import Snapshot
+    from gllm.core.decision import Snapshot, Wait
+    from gllm.core.events import Event
     from gllm.core.rotation import DecodeGroup
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class Chunk:
     """Prompt tokens [start, start + num_tokens) of one sequence."""
 
@@ -22,6 +27,13 @@ class Chunk:
     num_tokens: int
     final: bool  # completes the prompt, so a token is sampled
     previous: int  # the plan of its last token, if this recomputes after a preemption; else NEVER
+
+    def __init__(self, sequence: Sequence, start: int, num_tokens: int, final: bool, previous: int) -> None:  # noqa: FBT001 - a field
+        self.sequence = sequence
+        self.start = start
+        self.num_tokens = num_tokens
+        self.final = final
+        self.previous = previous
 
 
 @dataclass(slots=True)
@@ -78,6 +90,20 @@ class Plan:
         return f"Plan({self.id}: {self.num_prefill_tokens} prefill + {self.num_decode_tokens} decode tokens)"
 
 
+@dataclass(slots=True, init=False)
+class Turn:
+    """What to do: dispatch `plans` in order, then wait for a result, an arrival or `wait.until_ns`."""
+
+    plans: list[Plan]
+    events: list[Event]
+    wait: Wait
+
+    def __init__(self, plans: list[Plan], events: list[Event], wait: Wait) -> None:
+        self.plans = plans
+        self.events = events
+        self.wait = wait
+
+
 @dataclass(slots=True)
 class Stopped:
     """A sequence that a result ends: "stop" after the token it just got, "error" at any time.
@@ -90,9 +116,13 @@ class Stopped:
     block_hashes: Seq[int] = ()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, init=False)
 class StepResult:
     """A micro-batch that came back; results arrive in the order of plans."""
 
     plan: int
-    stopped: Seq[Stopped] = ()
+    stopped: Seq[Stopped]
+
+    def __init__(self, plan: int, stopped: Seq[Stopped] = ()) -> None:
+        self.plan = plan
+        self.stopped = stopped

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     from gllm.core.rotation import DecodeGroup
 
-NEVER = -1
+NEVER: Final = -1
 """The plan id that means "no plan yet"."""
 
 
@@ -49,7 +49,11 @@ class Phase(Enum):
 
 
 # Looking a member up on its enum costs more than the comparison it is for; the core does it for every chunk.
-WAITING, PREFILLING, PREFILLED, DECODING, FINISHED = Phase
+WAITING: Final = Phase.WAITING
+PREFILLING: Final = Phase.PREFILLING
+PREFILLED: Final = Phase.PREFILLED
+DECODING: Final = Phase.DECODING
+FINISHED: Final = Phase.FINISHED
 
 
 class Sequence:

@@ -113,9 +113,11 @@ class DecodeGroup:
             plan.left, self.left = self.left, []
         growing = self._growth.get(step % self._block_size)
         if growing is not None:
-            plan.grown = list(zip(growing.values(), pool.allocate(len(growing)), strict=True))
-            for sequence, block in plan.grown:
+            grown = []
+            for sequence, block in zip(growing.values(), pool.allocate(len(growing))):  # noqa: B905 - as many
                 sequence.blocks.append(block)
+                grown.append((sequence, block))
+            plan.grown = grown
         self.context = context + count
         self.step = step + 1
         self.last_plan = plan.id

@@ -100,6 +100,7 @@ class Recorder:
             ends_ns: when each stage ended it.
             costs_ns: how long each stage computed.
         """
+        waiting, running = queue
         num_decode = plan.num_decode_tokens
         if plan.joined:
             num_decode -= self._note_gaps(plan, done_ns)
@@ -108,7 +109,8 @@ class Recorder:
             plan.num_prefill_tokens,
             plan.num_decode_tokens,
             plan.num_free_blocks,
-            *queue,
+            waiting,
+            running,
             plan.previous,
             num_decode,
             done_ns,
@@ -116,9 +118,10 @@ class Recorder:
             *ends_ns,
             *costs_ns,
         )
-        for chunk in plan.chunks:
-            if chunk.final and chunk.previous != NEVER:  # the sequence itself may have been preempted again by now
-                self._gaps.extend((chunk.previous, plan.id))
+        if plan.prefilled:
+            for chunk in plan.chunks:
+                if chunk.final and chunk.previous != NEVER:  # the sequence may have been preempted again by now
+                    self._gaps.extend((chunk.previous, plan.id))
 
     def _note_gaps(self, plan: Plan, done_ns: int) -> int:
         """Note the gaps of those that joined; return how many of them the shared gap must not count.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gllm.report.decision_log import DecisionLog
     from gllm.report.recorder import Recorder
     from gllm.sim.cost import CostModel
-    from gllm.sim.pipeline import Pipeline
+    from gllm.sim.pipeline import Done, Pipeline
 
 
 class Arrival(NamedTuple):
@@ -33,8 +33,8 @@ class Arrival(NamedTuple):
     num_output_tokens: int
 
 
-Flight = tuple["Plan", "Iterable[int]", "list[Stopped]", int, tuple[int, int]]
-"""A batch on the road: plan, cost of each stage, who stops with it, when it was planned, (waiting, running) then."""
+Flight = tuple["Plan", "Sequence[int]", "Sequence[int]", "list[Stopped]", int, tuple[int, int]]
+"""A batch on the road: plan, cost and end of each stage, who stops with it, when planned, (waiting, running) then."""
 
 
 class Script(Protocol):
@@ -68,7 +68,7 @@ class Simulation:
         cost: CostModel,
         recorder: Recorder,
         log: DecisionLog | None = None,
-        pipeline: Callable[[simpy.Environment, int, int], Pipeline] = RecurrencePipeline,
+        pipeline: Callable[[simpy.Environment, int, int, Done], Pipeline] = RecurrencePipeline,
         script: Script | None = None,
     ) -> None:
         self.env = simpy.Environment()
@@ -76,21 +76,20 @@ class Simulation:
         self._view = engine.view
         self._host_ns, self._return_ns = cost.host_ns, cost.return_ns
         # Bound once: these are called for every micro-batch.
-        self._engine_turn, self._record = engine.turn, recorder.batch
         self._stage_ns, self._transfer_ns = cost.stage_ns, cost.transfer_ns
         self._recorder = recorder
         self._log = log
         limits = engine.limits
         self._looks_ahead = limits.max_in_flight > limits.depth
         memory = limits.max_in_flight if self._looks_ahead else 0
-        self._submit = pipeline(self.env, cost.num_stages, memory).submit
         self._flights: deque[Flight] = deque()
         self._news = False  # whether there is anything in the next two
         self._pending: list[Request] = []
         self._aborts: list[int] = []
         self._true_length = array("q")  # by request id
         self._script = script
-        self._done = self._return if script is None else self._return_amended
+        done = self._return if script is None else self._return_amended
+        self._submit = pipeline(self.env, cost.num_stages, memory, done).submit
         self.env.process(self._arrive(arrivals, _arrival_ns if script is None else script.due_ns))
         if script is not None:
             self.env.process(self._abort(script.aborts))
@@ -133,25 +132,25 @@ class Simulation:
         """The policy asked to be woken now, whatever is on the road."""
         self._turn(instant.at, ())
 
-    def _return(self, instant: Instant) -> None:
-        plan, costs, stopped, dispatched, queue = self._flights.popleft()
-        now = instant.at
+    def _return(self, _: simpy.Event) -> None:
+        plan, costs, ends, stopped, dispatched, queue = self._flights.popleft()
+        now = ends[-1] + self._return_ns
         self._turn(now, (StepResult(plan.id, stopped),))
-        self._record(plan, dispatched, queue, now, instant.note, costs)
+        self._recorder.batch(plan, dispatched, queue, now, ends, costs)
 
-    def _return_amended(self, instant: Instant) -> None:
+    def _return_amended(self, event: simpy.Event) -> None:
         """A result with what the script knows of it."""
         assert self._script is not None
-        plan, _, stopped, _, _ = self._flights[0]
+        plan, _, _, stopped, _, _ = self._flights[0]
         self._script.amend(plan.id, stopped)
-        self._return(instant)
+        self._return(event)
 
     def _turn(self, now: int, results: tuple[StepResult, ...]) -> None:
         arrived: Sequence[Request] = ()
         aborts: Sequence[int] = ()
         if self._news:
             arrived, aborts = self._take_news()
-        turn = self._engine_turn(results, arrived, aborts, now=now)
+        turn = self.engine.turn(results, arrived, aborts, now=now)
         if turn.events:
             self._recorder.events(now, turn.events)
         if self._log is not None:
@@ -176,10 +175,10 @@ class Simulation:
     def _dispatch(self, plan: Plan, now: int) -> None:
         view = self._view
         costs = self._stage_ns(plan)
-        stopped: list[Stopped] = []
-        self._flights.append((plan, costs, stopped, now, (view.num_waiting, view.num_running)))
         after = plan.depends_on if self._looks_ahead else NEVER  # else its tokens are back already
-        self._submit(now + self._host_ns, costs, self._transfer_ns(plan), self._return_ns, after, self._done)
+        ends = self._submit(now + self._host_ns, costs, self._transfer_ns(plan), self._return_ns, after)
+        stopped: list[Stopped] = []
+        self._flights.append((plan, costs, ends, stopped, now, (view.num_waiting, view.num_running)))
         for sequence in plan.prefilled:
             num_output_tokens = sequence.target + 1 - sequence.num_prompt_tokens
             if num_output_tokens >= self._true_length[sequence.id] and sequence.num_tokens < sequence.limit:
@@ -208,7 +207,7 @@ class Simulation:
             if left > 0:
                 notes.setdefault(plan.step + left - 1, []).append(sequence)
             else:  # planned ahead: it stops with its previous step, which is still on the road
-                stopped = self._flights[joined.previous - self._flights[0][0].id][2]
+                stopped = self._flights[joined.previous - self._flights[0][0].id][3]
                 if all(entry.id != sequence.id for entry in stopped):
                     stopped.append(Stopped(sequence.id))
 

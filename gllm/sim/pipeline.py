@@ -13,43 +13,45 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from heapq import heappush
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import simpy
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
-RESULT, WAKE = 2, 3
+RESULT: Final = 2
+WAKE: Final = 3
 """simpy priorities below NORMAL (1): an instant's arrivals first, then its results, then what is left to decide."""
 
 
 class Instant(simpy.Event):
     """One callback at time `at`, after everything of that instant with a smaller `priority`.
 
-    Set up as simpy's own `Timeout` is, which has no priority; one is made for each micro-batch.
+    Set up as simpy's own `Timeout` is, which has no priority.
     """
 
-    def __init__(self, env: simpy.Environment, at: int, priority: int, callback: Done, note: Any = None) -> None:  # noqa: ANN401
+    def __init__(self, env: simpy.Environment, at: int, priority: int, callback: Callable[[Instant], None]) -> None:
         self.env = env
         self.callbacks = [callback]
         self._ok = True
-        self._value = self.note = note
+        self._value = None
         self.at = at
         env.schedule(self, priority, at - env.now)  # type: ignore[arg-type]  # any int orders; simpy names two
 
 
-Done = Callable[["Instant"], None]
-"""Called at the end of the instant a result is back; `at` is the time, `note` when each stage ended."""
+Done = Callable[["simpy.Event"], None]
+"""Called for each micro-batch, in order, at the end of the instant its result is back at the engine."""
 
 
 class Pipeline(Protocol):
-    """Takes micro-batches 0, 1, 2, ... and reports each when its result is back at the engine."""
+    """Takes micro-batches 0, 1, 2, ... and is done with each `return_ns` after its last stage has ended."""
 
-    def submit(  # noqa: PLR0917 - positional: once for each simulated micro-batch
-        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int, done: Done
-    ) -> None:
-        """Enter the next micro-batch.
+    def submit(
+        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int
+    ) -> Sequence[int]:
+        """Enter the next micro-batch; return when each stage ends it, complete when its result is back.
 
         Args:
             ready_ns: stage 0 may start then.
@@ -58,58 +60,72 @@ class Pipeline(Protocol):
             return_ns: from the last stage back to the engine.
             after: the batch whose sampled tokens stage 0 needs, if it may still be on the road; else -1. With one
                 stage they are on its GPU already, with more they come back by way of the engine.
-            done: what to call when the result is back.
         """
 
 
 class RecurrencePipeline:
-    """The max-plus recurrence; one simpy event a micro-batch. `after` reaches back `memory` batches."""
+    """The max-plus recurrence; one simpy event a micro-batch. `after` reaches back `memory` batches.
 
-    def __init__(self, env: simpy.Environment, num_stages: int, memory: int) -> None:
-        self._env = env
+    Results come back in order, so a single event object stands for all of them: it goes into simpy's queue once for
+    each.
+    """
+
+    def __init__(self, env: simpy.Environment, num_stages: int, memory: int, done: Done) -> None:
+        self._queue, self._event_ids = env._queue, env._eid  # noqa: SLF001 - as `Environment.schedule` uses them
+        self._exit = env.event()
+        self._exit._ok = True  # noqa: SLF001
+        self._callbacks = self._exit.callbacks = [self._rearm, done]
         self._ends = [0] * num_stages
         self._memory = memory
         self._exits: deque[int] = deque(maxlen=memory)
         self._count = 0
 
-    def submit(  # noqa: PLR0917
-        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int, done: Done
-    ) -> None:
+    def submit(
+        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int
+    ) -> Sequence[int]:
         """Enter the next micro-batch."""
         time = ready_ns
         if after >= 0 and after >= self._count - len(self._exits):
             time = max(time, self._exits[after - self._count] + (return_ns if len(self._ends) > 1 else 0))
         ends = []
-        for cost, end in zip(costs_ns, self._ends, strict=True):
+        for cost, end in zip(costs_ns, self._ends):  # noqa: B905 - `strict` costs as much as the loop
             if end > time:  # noqa: PLR1730 - the hottest loop of all: a call of max() costs more than the rest
                 time = end
             time += cost
             ends.append(time)
             time += transfer_ns
         self._ends = ends
+        time -= transfer_ns
         if self._memory:
             self._count += 1
-            self._exits.append(time - transfer_ns)
-        Instant(self._env, time - transfer_ns + return_ns, RESULT, done, ends)
+            self._exits.append(time)
+        entry = (time + return_ns, RESULT, next(self._event_ids), self._exit)
+        heappush(self._queue, entry)  # type: ignore[misc]  # any int orders; simpy names two
+        return ends
+
+    def _rearm(self, event: simpy.Event) -> None:
+        event.callbacks = self._callbacks  # simpy takes them off what it has processed
 
 
 class ProcessPipeline:
     """One simpy process per stage, joined by queues."""
 
-    def __init__(self, env: simpy.Environment, num_stages: int, memory: int) -> None:  # noqa: ARG002 - same signature
-        self._env = env
+    def __init__(self, env: simpy.Environment, num_stages: int, memory: int, done: Done) -> None:  # noqa: ARG002 - same signature
+        self._env, self._done = env, done
         self._exits: list[simpy.Event] = []
         self._queues = [simpy.Store(env) for _ in range(num_stages)]
         for stage in range(num_stages):
             env.process(self._stage(stage))
 
-    def submit(  # noqa: PLR0917
-        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int, done: Done
-    ) -> None:
+    def submit(
+        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int
+    ) -> Sequence[int]:
         """Enter the next micro-batch."""
         token = self._exits[after] if after >= 0 else None
         self._exits.append(self._env.event())
-        self._queues[0].put(_Job(ready_ns, costs_ns, transfer_ns, return_ns, token, self._exits[-1], done, []))
+        ends: list[int] = []
+        self._queues[0].put(_Job(ready_ns, costs_ns, transfer_ns, return_ns, token, self._exits[-1], ends))
+        return ends
 
     def _stage(self, stage: int) -> Generator[simpy.Event, Any, None]:
         env = self._env
@@ -126,7 +142,7 @@ class ProcessPipeline:
                 self._queues[stage + 1].put(job)
             else:
                 job.exit.succeed(job.ends[-1])
-                Instant(env, job.ends[-1] + job.return_ns, RESULT, job.done, job.ends)
+                Instant(env, job.ends[-1] + job.return_ns, RESULT, self._done)
 
 
 class _Job(NamedTuple):
@@ -136,5 +152,4 @@ class _Job(NamedTuple):
     return_ns: int
     token: simpy.Event | None
     exit: simpy.Event
-    done: Done
     ends: list[int]

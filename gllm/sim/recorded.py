@@ -51,8 +51,8 @@ def simulate_recording(recording: Recording, log_path: Path) -> Replica:
     script = RecordedScript(recording)
     cost, failure = _NoCost(), None
 
-    def pipeline(env: simpy.Environment, num_stages: int, memory: int) -> RecordedPipeline:  # noqa: ARG001
-        return RecordedPipeline(env, recording.returns_ns)
+    def pipeline(env: simpy.Environment, num_stages: int, memory: int, done: Done) -> RecordedPipeline:  # noqa: ARG001
+        return RecordedPipeline(env, recording.returns_ns, done)
 
     with CheckedLog(log_path, script) as log:
         recorder = Recorder(cost.num_stages)
@@ -69,26 +69,25 @@ def simulate_recording(recording: Recording, log_path: Path) -> Replica:
 class RecordedPipeline:
     """Each result is back when the recorded one was; those that the log ends before never are."""
 
-    def __init__(self, env: simpy.Environment, returns_ns: Sequence[int]) -> None:
-        self._env = env
+    def __init__(self, env: simpy.Environment, returns_ns: Sequence[int], done: Done) -> None:
+        self._env, self._done = env, done
         self._returns_ns = returns_ns
         self._count = 0
 
-    def submit(  # noqa: PLR0917 - the signature of every pipeline
+    def submit(
         self,
         ready_ns: int,  # noqa: ARG002
         costs_ns: Sequence[int],  # noqa: ARG002
         transfer_ns: int,  # noqa: ARG002
         return_ns: int,  # noqa: ARG002
         after: int,  # noqa: ARG002
-        done: Done,
-    ) -> None:
+    ) -> Sequence[int]:
         """Enter the next micro-batch."""
-        plan = self._count
+        ends = self._returns_ns[self._count : self._count + 1]
         self._count += 1
-        if plan < len(self._returns_ns):
-            at = self._returns_ns[plan]
-            Instant(self._env, at, RESULT, done, [at])
+        if ends:
+            Instant(self._env, ends[0], RESULT, self._done)
+        return ends
 
 
 class RecordedScript:

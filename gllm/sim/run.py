@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from gllm.report.record import RunRecord
     from gllm.sim.config import Setup, SimConfig
-    from gllm.sim.pipeline import Pipeline
+    from gllm.sim.pipeline import Done, Pipeline
     from gllm.trace import Trace, TraceRequest
 
     Progress = Callable[[int, Callable[[], int]], AbstractContextManager[object]]
@@ -38,7 +38,7 @@ def simulate(
     log_path: Path | None = None,
     digest: bool = False,
     progress: Progress | None = None,
-    pipeline: Callable[[simpy.Environment, int, int], Pipeline] = RecurrencePipeline,
+    pipeline: Callable[[simpy.Environment, int, int, Done], Pipeline] = RecurrencePipeline,
 ) -> RunRecord:
     """Replay `trace` in virtual time.
 

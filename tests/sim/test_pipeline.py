@@ -40,10 +40,8 @@ def test_by_hand(pipeline):
     # stage 0: batch 0 0-5, batch 1 5-6; stage 1 after a hop of 1: batch 0 6-8, batch 1 8-11;
     # batch 2 needs the tokens of batch 1, which are back at 111
     env = simpy.Environment()
-    line = pipeline(env, 2, 4)
     seen = []
-    line.submit(0, (5, 2), 1, 100, -1, lambda instant: seen.append((instant.at, list(instant.note))))
-    line.submit(0, (1, 3), 1, 100, -1, lambda instant: seen.append((instant.at, list(instant.note))))
-    line.submit(0, (1, 1), 1, 100, 1, lambda instant: seen.append((instant.at, list(instant.note))))
+    line = pipeline(env, 2, 4, lambda _: seen.append((env.now, list(ends[len(seen)]))))
+    ends = [line.submit(0, costs, 1, 100, after) for costs, after in [((5, 2), -1), ((1, 3), -1), ((1, 1), 1)]]
     env.run()
     assert seen == [(108, [5, 8]), (111, [6, 11]), (214, [112, 114])]
