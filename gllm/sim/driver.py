@@ -83,6 +83,7 @@ class Simulation:
         self._looks_ahead = limits.max_in_flight > limits.depth
         memory = limits.max_in_flight if self._looks_ahead else 0
         self._flights: deque[Flight] = deque()
+        self._until_ns: int | None = None  # when the policy is to be asked again, as of the last turn
         self._news = False  # whether there is anything in the next two
         self._pending: list[Request] = []
         self._aborts: list[int] = []
@@ -129,8 +130,9 @@ class Simulation:
             self._turn(instant.at, ())
 
     def _ask_again(self, instant: Instant) -> None:
-        """The policy asked to be woken now, whatever is on the road."""
-        self._turn(instant.at, ())
+        """The policy asked to be woken now, whatever is on the road; if it was asked since, that is void."""
+        if instant.at == self._until_ns:
+            self._turn(instant.at, ())
 
     def _return(self, _: simpy.Event) -> None:
         plan, costs, ends, stopped, dispatched, queue = self._flights.popleft()
@@ -157,8 +159,9 @@ class Simulation:
             self._log.write(now, results, arrived, aborts, turn)
         for plan in turn.plans:
             self._dispatch(plan, now)
-        if turn.wait.until_ns is not None:
-            self._wake_later(turn.wait.until_ns)
+        until_ns = self._until_ns = turn.wait.until_ns
+        if until_ns is not None:
+            self._wake_later(until_ns)
 
     def _take_news(self) -> tuple[list[Request], list[int]]:
         arrived, self._pending = self._pending, []
@@ -169,6 +172,7 @@ class Simulation:
 
     def _wake_later(self, until_ns: int) -> None:
         at = until_ns if self._script is None else self._script.wake_ns(until_ns)
+        self._until_ns = at
         if at is not None:
             Instant(self.env, at, WAKE, self._ask_again)
 

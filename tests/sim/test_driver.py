@@ -45,6 +45,22 @@ def test_a_policy_is_woken_on_time_with_a_batch_on_the_road():
     assert record.requests["scheduled_ns"].tolist() == [MS, MS * 5 // 2]
 
 
+def test_what_a_policy_asked_for_before_something_happened_is_void():
+    """It waits until 10 ms; at 5 ms a request arrives and it says 20 ms: nobody asks it at 10 ms, as no real loop does."""
+    asked = []
+
+    @dataclass(frozen=True)
+    class Patient(Hold):
+        def decide(self, view):
+            asked.append(view.now_ns // MS)
+            due = 10 * MS * view.num_waiting
+            return Wait(WaitReason.HELD, due) if due > view.now_ns else Sarathi().decide(view)
+
+    engine = Engine(Patient(), Limits(num_blocks=100))
+    Simulation(engine, [arrival(0, output=1), arrival(1, at=5 * MS, output=1)], FixedCost(), Recorder(1)).run()
+    assert asked[:3] == [0, 5, 20]
+
+
 @pytest.mark.parametrize("ahead", [0, 2])
 @pytest.mark.parametrize("policy", POLICY_SPECS)
 def test_there_are_as_many_gaps_as_tokens_after_the_first(policy, ahead):
