@@ -46,7 +46,7 @@ def test_a_policy_is_woken_on_time_with_a_batch_on_the_road():
 
 
 def test_what_a_policy_asked_for_before_something_happened_is_void():
-    """It waits until 10 ms; at 5 ms a request arrives and it says 20 ms: nobody asks it at 10 ms, as no real loop does."""
+    """It waits until 10 ms; at 5 ms a request arrives and it says 20 ms: nobody asks at 10 ms, as no real loop does."""
     asked = []
 
     @dataclass(frozen=True)
