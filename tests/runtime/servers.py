@@ -86,7 +86,7 @@ class Command:
                 state, parent = (entry / "stat").read_text().rpartition(")")[2].split()[:2]
                 if state != "Z":
                     words = (entry / "cmdline").read_bytes().decode().split("\0")
-                    found[int(entry.name)] = (int(parent), words[2] if len(words) > 2 else "")
+                    found[int(entry.name)] = (int(parent), words[words.index("-m") + 1] if "-m" in words else "")
         return found
 
     def pids(self, role):
