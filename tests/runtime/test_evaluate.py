@@ -129,8 +129,6 @@ def test_no_server_and_no_model_are_one_line():
         ask("localhost")
     with serving(rightly, models=()) as (url, _), pytest.raises(ValueError, match="names no model"):
         ask(url)
-    with pytest.raises(ValueError, match="--base-url"):
-        evaluate_command(arguments())
 
 
 def test_the_command_starts_a_server_and_passes_or_fails(capsys):
