@@ -27,11 +27,11 @@ def paged_attention(
     kv_lens_S: Tensor,
     block_tables_SB: Tensor,
     num_decodes: int,
-    max_query_len: int,
+    max_query_len: int,  # noqa: ARG001 - a GPU kernel's grid needs it; the reference does not
     max_kv_len: int,
     scale: float,
 ) -> Tensor:
-    """Attend from each token to its sequence's keys up to itself; they are in the cache already.
+    """What each token sees, [T, H, E] in q's dtype, of its sequence's keys up to itself; they are in the cache already.
 
     Args:
         q_THE: queries; the tokens of `num_decodes` sequences with one each come first.
@@ -44,11 +44,7 @@ def paged_attention(
         max_query_len: the most tokens of a sequence in this batch.
         max_kv_len: the most keys of a sequence in this batch.
         scale: what scores are multiplied by.
-
-    Returns:
-        The attended values [T, H, E], in q's dtype.
     """
-    del max_query_len  # a GPU kernel's grid needs it; the reference does not
     out_THE = torch.empty_like(q_THE)
     if num_decodes:
         out_THE[:num_decodes] = decode_reference(
