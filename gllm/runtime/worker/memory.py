@@ -44,7 +44,7 @@ def activation_bytes(shape: ModelShape, shard: Shard, num_tokens: int, itemsize:
 
 
 def check_weights(shape: ModelShape, shard: Shard, config: RuntimeConfig, itemsize: int, device: torch.device) -> None:
-    """See that a rank's weights fit, before any is read.
+    """See that a rank's weights, and the cache if its size is given, fit, before any weight is read.
 
     Raises:
         StartError: They do not.
@@ -54,6 +54,12 @@ def check_weights(shape: ModelShape, shard: Shard, config: RuntimeConfig, itemsi
         raise StartError(
             f"{config.model}: a worker's weights take {needed / _GIB:.1f} GiB, {free / _GIB:.1f} GiB are free on its "
             f"{device.type}; raise --pp or --tp, or choose a smaller --dtype"
+        )
+    cache = (config.num_blocks or 0) * block_bytes(shape, shard, config.block_size, itemsize)
+    if free is not None and needed + cache > free:
+        raise StartError(
+            f"--num-blocks {config.num_blocks} takes {cache / _GIB:.1f} GiB of a worker, "
+            f"{(free - needed) / _GIB:.1f} GiB are free on its {device.type} beside the weights; lower it"
         )
 
 
