@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from gllm.model_shape import ModelShape
+
+# The decode step for which pipelines are balanced, of one micro-batch.
+BALANCED_SEQUENCES = 64
+BALANCED_CONTEXT = 512  # cached tokens of each
 
 
 class Stage(NamedTuple):
@@ -31,8 +37,10 @@ class Parallel:
     each expert is cut into `tp / ep` slices; ep 1 cuts every expert into tp slices. With fewer KV heads than ranks
     the heads are repeated, so that each rank holds one.
 
-    Layers are dealt evenly; if `pp` does not divide their number, the first stages take one more each, so the last
-    one, which also holds the head, never has more than another. `pp_layers` overrides that.
+    Layers are dealt so that the slowest stage is as fast as can be, then the second slowest, and so on; the last
+    stage also holds the head. Among equals the first stages have more. A stage costs what it reads in a decode step
+    of BALANCED_SEQUENCES sequences: the weights of its layers, of experts those that some sequence is expected to
+    visit, the cache, and the head's weights. The embedding is only looked up in. `pp_layers` overrides that.
     """
 
     pp: int = 1
@@ -93,23 +101,37 @@ class Parallel:
                 f"{shape.shared_expert_intermediate_size}"
             )
 
-    def layers_per_stage(self, num_layers: int) -> tuple[int, ...]:
+    def layers_per_stage(self, shape: ModelShape) -> tuple[int, ...]:
         """Number of layers of each stage."""
         if self.pp_layers is not None:
             return self.pp_layers
-        share, rest = divmod(num_layers, self.pp)
-        return tuple(share + (stage < rest) for stage in range(self.pp))
+        experts, dense = frozenset(shape.moe_layers), self._elements_read(shape, is_moe=False)
+        moe = self._elements_read(shape, is_moe=True) if experts else 0
+        costs = tuple(moe if layer in experts else dense for layer in range(shape.num_layers))
+        return _balanced(costs, shape.embedding_params, self.pp)
 
-    def layers_of_stage(self, num_layers: int, stage: int) -> range:
+    def _elements_read(self, shape: ModelShape, *, is_moe: bool) -> int:
+        """Weights and cached numbers that one layer reads in the decode step to balance for, on all ranks together."""
+        mlp = shape.dense_mlp_params
+        if is_moe:
+            # An expert is missed by all sequences with the chance (1 - k/E)^S.
+            total, missing = shape.num_experts, shape.num_experts - shape.num_experts_per_token
+            visited = total**BALANCED_SEQUENCES - missing**BALANCED_SEQUENCES
+            experts = total * shape.expert_params * visited // total**BALANCED_SEQUENCES
+            mlp = experts + shape.shared_expert_params + shape.router_params
+        cached = 2 * self.kv_heads_per_rank(shape) * self.tp * shape.head_dim * BALANCED_CONTEXT * BALANCED_SEQUENCES
+        return shape.attention_params + shape.norm_params + mlp + cached
+
+    def layers_of_stage(self, shape: ModelShape, stage: int) -> range:
         """Indices of the layers of one stage."""
-        counts = self.layers_per_stage(num_layers)
+        counts = self.layers_per_stage(shape)
         first = sum(counts[:stage])
         return range(first, first + counts[stage])
 
     def stages(self, shape: ModelShape) -> tuple[Stage, ...]:
         """What each stage of this model holds."""
         experts, last = frozenset(shape.moe_layers), self.pp - 1
-        layers = [self.layers_of_stage(shape.num_layers, stage) for stage in range(self.pp)]
+        layers = [self.layers_of_stage(shape, stage) for stage in range(self.pp)]
         num_moe = [sum(layer in experts for layer in part) for part in layers]
         return tuple(
             Stage(num_dense=len(part) - moe, num_moe=moe, is_first=stage == 0, is_last=stage == last)
@@ -124,3 +146,34 @@ class Parallel:
         """Weights of one layer's q, k, v and o projections on one GPU, biases left out."""
         heads = 2 * shape.num_heads // self.tp + 2 * self.kv_heads_per_rank(shape)
         return shape.hidden_size * shape.head_dim * heads
+
+
+class _Split(NamedTuple):
+    """Layers dealt to some first stages. The least is best, and stays so whatever the same next stage adds to two."""
+
+    costs: tuple[int, ...]  # of the stages, the slowest first
+    minus_counts: tuple[int, ...]  # of layers, stage by stage: many come first
+
+
+@cache
+def _balanced(costs: tuple[int, ...], last_cost: int, num_stages: int) -> tuple[int, ...]:
+    """How many layers each stage takes, at least one; `last_cost` is what the last stage has to do besides."""
+    until = (0, *accumulate(costs))  # cost of all layers before
+    num_layers = len(costs)
+    best = {0: _Split((), ())}  # by number of layers dealt
+    for later in reversed(range(num_stages)):
+        extra = 0 if later else last_cost
+        ends = range(1, num_layers - later + 1) if later else (num_layers,)
+        best = {
+            end: min(
+                _Split(
+                    tuple(sorted((*split.costs, until[end] - until[start] + extra), reverse=True)),
+                    (*split.minus_counts, start - end),
+                )
+                for start, split in best.items()
+                if start < end
+            )
+            for end in ends
+            if min(best) < end
+        }
+    return tuple(-count for count in best[num_layers].minus_counts)

@@ -90,7 +90,7 @@ def add_parallel_options(group: argparse._ArgumentGroup, default_pp: int) -> Non
         "--ep", type=whole(1), default=1, metavar="N", help="groups of GPUs that share a stage's experts (default: 1)"
     )
     group.add_argument(
-        "--pp-layers", type=layer_counts, metavar="16,16,17,15", help="layers of each stage; default: even"
+        "--pp-layers", type=layer_counts, metavar="16,16,17,15", help="layers of each stage; default: balanced"
     )
     group.add_argument(
         "--gpu-memory-utilization",
@@ -115,7 +115,11 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--num-blocks", type=whole(1), metavar="N", help="cache blocks; default: what the memory holds")
     group.add_argument(
-        "--max-in-flight", type=whole(0), default=0, metavar="N", help="micro-batches on the road; default: one a stage"
+        "--max-in-flight",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="micro-batches on the road; default: one a stage and one planned ahead",
     )
     group.add_argument(
         "--prefix-caching",

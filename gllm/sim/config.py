@@ -37,7 +37,7 @@ class SimConfig:
     block_size: int = 16
     max_model_len: int | None = None
     num_blocks: int | None = None
-    max_in_flight: int = 0  # 0: the pipeline's depth
+    max_in_flight: int = 0  # 0: one for each stage, and one that is planned ahead
     gpu_memory_utilization: float = 0.9
     prefix_caching: bool = True
     constants: RooflineConstants = RooflineConstants()
@@ -76,7 +76,7 @@ class SimConfig:
             max_model_len=max_model_len,
             max_num_seqs=self.max_num_seqs,
             depth=self.parallel.pp,
-            max_in_flight=self.max_in_flight,
+            max_in_flight=self.max_in_flight or self.parallel.pp + 1,
             prefix_caching=self.prefix_caching,
         )
 

@@ -36,6 +36,9 @@ class Arrival(NamedTuple):
 Flight = tuple["Plan", "Sequence[int]", "Sequence[int]", "list[Stopped]", int, tuple[int, int]]
 """A batch on the road: plan, cost and end of each stage, who stops with it, when planned, (waiting, running) then."""
 
+_LAST_STEP = -1
+"""Where a decode group's notes hold, by member, the step with which it reaches its true length."""
+
 
 class Script(Protocol):
     """What a recorded run prescribes where a simulation would find it out by itself."""
@@ -189,27 +192,27 @@ class Simulation:
                 stopped.append(Stopped(sequence.id))  # at its limit the engine ends it
         group = plan.group
         if group is not None:
-            if plan.joined:
+            if plan.left or plan.joined:
                 self._watch(plan, group)
             if plan.step in group.notes:
-                self._note_stops(plan.step, group, stopped)
-
-    def _note_stops(self, step: int, group: DecodeGroup, stopped: list[Stopped]) -> None:
-        """Who of the group reaches its true length at this step; notes on those that moved on are stale."""
-        for sequence in group.notes.pop(step):
-            if sequence.group is group:
-                num_output_tokens = sequence.offset + step + 1 - sequence.num_prompt_tokens
-                if num_output_tokens == self._true_length[sequence.id]:
-                    stopped.append(Stopped(sequence.id))
+                last = group.notes[_LAST_STEP]
+                stopped += [Stopped(member) for member in group.notes.pop(plan.step) if last.get(member) == plan.step]
 
     def _watch(self, plan: Plan, group: DecodeGroup) -> None:
-        """Note at which step of the group its new members will stop."""
+        """Note at which step of the group its new members will stop, and forget those that left.
+
+        Who is a member is what the plans say: the engine may have moved a sequence on before this plan is seen here.
+        """
         notes = group.notes
+        last: dict[int, int] = notes.setdefault(_LAST_STEP, {})
+        for gone in plan.left:
+            last.pop(gone, None)
         for joined in plan.joined:
             sequence = joined.sequence
             left = self._true_length[sequence.id] - joined.num_output_tokens
             if left > 0:
-                notes.setdefault(plan.step + left - 1, []).append(sequence)
+                last[sequence.id] = step = plan.step + left - 1
+                notes.setdefault(step, []).append(sequence.id)
             else:  # planned ahead: it stops with its previous step, which is still on the road
                 stopped = self._flights[joined.previous - self._flights[0][0].id][3]
                 if all(entry.id != sequence.id for entry in stopped):

@@ -20,18 +20,19 @@ from gllm.trace import TraceOptions
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 NUM_LINES = 300
+SYNC = {"max_in_flight": 2}  # as many as stages
 ASYNC = {"max_in_flight": 4}  # plans run ahead of the tokens they feed in
 
 CASES = {
-    "throttle": ("throttle:max_prefill=512", {}),
+    "throttle": ("throttle:max_prefill=512", SYNC),
     "throttle-async": ("throttle:max_prefill=512", ASYNC),
-    "throttle-wt": ("throttle:max_prefill=512,ut=false", {}),
-    "throttle-ut": ("throttle:max_prefill=512,wt=false", {}),
-    "throttle-decode-only": ("throttle:max_prefill=512,wt=false,ut=false", {}),
-    "sarathi": ("sarathi:token_budget=512", {}),
-    "prefill_first": ("prefill_first", {}),
-    "orca": ("orca", {}),
-    "sarathi-lpm": ("sarathi:token_budget=512,order=lpm", {}),
+    "throttle-wt": ("throttle:max_prefill=512,ut=false", SYNC),
+    "throttle-ut": ("throttle:max_prefill=512,wt=false", SYNC),
+    "throttle-decode-only": ("throttle:max_prefill=512,wt=false,ut=false", SYNC),
+    "sarathi": ("sarathi:token_budget=512", SYNC),
+    "prefill_first": ("prefill_first", SYNC),
+    "orca": ("orca", SYNC),
+    "sarathi-lpm": ("sarathi:token_budget=512,order=lpm", SYNC),
 }
 
 
@@ -39,7 +40,7 @@ def config(policy, options):
     return SimConfig(
         model="qwen3-0.6b",
         gpu="l4",
-        parallel=Parallel(pp=2),
+        parallel=Parallel(pp=2, pp_layers=(14, 14)),  # decisions, not how layers are dealt
         policy=policy,
         max_num_seqs=12,
         num_blocks=90,

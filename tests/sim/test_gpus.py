@@ -1,9 +1,12 @@
 """Data sheets and the ways to spread a model over GPUs."""
 
+import random
+from itertools import combinations, pairwise
+
 import pytest
 
 from gllm.model_shape import load_shape, shape_of_config
-from gllm.parallel import Parallel, Stage
+from gllm.parallel import Parallel, Stage, _balanced
 from gllm.sim.gpus import GPUS, get_gpu
 
 TINY = shape_of_config(
@@ -45,16 +48,48 @@ def test_an_unknown_gpu_lists_the_known_ones():
 @pytest.mark.parametrize(
     ("pp", "counts"), [(1, (6,)), (2, (3, 3)), (4, (2, 2, 1, 1)), (5, (2, 1, 1, 1, 1)), (6, (1,) * 6)]
 )
-def test_layers_are_dealt_evenly_and_the_first_stages_take_the_rest(pp, counts):
+def test_where_the_head_is_small_layers_are_dealt_evenly_and_the_first_stages_take_the_rest(pp, counts):
     parallel = Parallel(pp=pp)
-    assert parallel.layers_per_stage(6) == counts
-    assert [layer for stage in range(pp) for layer in parallel.layers_of_stage(6, stage)] == list(range(6))
+    assert parallel.layers_per_stage(TINY) == counts
+    assert [layer for stage in range(pp) for layer in parallel.layers_of_stage(TINY, stage)] == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("name", "pp", "counts"),
+    [
+        ("qwen3-32b", 4, (17, 16, 16, 15)),
+        ("qwen3-8b", 4, (10, 10, 9, 7)),
+        ("qwen3-0.6b", 4, (8, 7, 7, 6)),
+        ("qwen3-30b-a3b", 4, (12, 12, 12, 12)),
+        ("qwen2.5-3b", 8, (5, 5, 5, 5, 5, 5, 5, 1)),
+        ("llama-3.2-1b", 16, (1,) * 16),
+    ],
+)
+def test_the_stage_with_the_head_has_fewer_layers(name, pp, counts):
+    assert Parallel(pp=pp).layers_per_stage(load_shape(name)) == counts
+
+
+def test_a_split_is_the_best_of_all():
+    """Of layers of two kinds; the slowest stage counts, then the second slowest, then many layers first."""
+    lots = random.Random(0)
+    for _ in range(40):
+        costs = tuple(lots.choice((3, 10)) for _ in range(lots.randint(4, 9)))
+        head, pp = lots.randint(0, 25), lots.randint(1, 4)
+
+        def rank(cuts, costs=costs, head=head):
+            ends = (0, *cuts, len(costs))
+            parts = [sum(costs[a:b]) for a, b in pairwise(ends)]
+            parts[-1] += head
+            return sorted(parts, reverse=True), [a - b for a, b in pairwise(ends)]
+
+        best = min(rank(cuts) for cuts in combinations(range(1, len(costs)), pp - 1))
+        assert list(_balanced(costs, head, pp)) == [-count for count in best[1]]
 
 
 def test_uneven_layers():
     parallel = Parallel(pp=3, pp_layers=(1, 3, 2))
     parallel.check(TINY)
-    assert parallel.layers_of_stage(6, 1) == range(1, 4)
+    assert parallel.layers_of_stage(TINY, 1) == range(1, 4)
     assert [stage.num_layers for stage in parallel.stages(TINY)] == [1, 3, 2]
 
 

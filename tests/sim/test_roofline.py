@@ -272,7 +272,8 @@ def test_plausible_times_on_h200():
 
     assert ms("qwen3-8b", batch_work(contexts=[500])) == pytest.approx([4.4], rel=0.05)
     # 32.8e9 weights, two operations each, 2048 tokens, four stages, 790 TFLOP/s: 42 ms and a little attention
-    assert ms("qwen3-32b", batch_work(chunks=[(0, 2048)]), pp=4) == pytest.approx([45] * 4, rel=0.05)
+    even = {"pp": 4, "pp_layers": (16, 16, 16, 16)}
+    assert ms("qwen3-32b", batch_work(chunks=[(0, 2048)]), **even) == pytest.approx([45] * 4, rel=0.05)
     # 38.7 GB of KV at 3.3 TB/s and 15 GB of weights at 4.3 TB/s
     assert 15 < ms("qwen3-8b", batch_work(contexts=[1024] * 256))[0] < 20
 
