@@ -1,8 +1,7 @@
 """Causal attention of a micro-batch over keys and values kept in blocks (PagedAttention, arXiv 2309.06180).
 
-Shapes: T tokens, S sequences, Q tokens of one chunk, L keys of one sequence (padded to the longest), H query heads,
-K KV heads, G = H / K query heads per KV head, E head dimension, N blocks of the cache, B blocks of a sequence,
-P tokens per block.
+Shapes: T tokens, S sequences, H query heads, K KV heads, E head dimension, N blocks of the cache, B blocks of a
+sequence, P tokens per block.
 """
 
 from __future__ import annotations
@@ -10,12 +9,45 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch.nn import functional
+
+from gllm_kernels.chunk_attention import chunk_attention, chunk_reference
+from gllm_kernels.decode_attention import DecodePlan, decode_attention, decode_reference, plan_decode
+from gllm_kernels.flash_attention import flash_attention, what_flash_lacks
+from gllm_kernels.jit import HAS_TRITON
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from torch import Tensor
+
+BACKENDS = ("triton", "flash", "torch")
+"""torch: the references. triton: our kernels. flash: chunks by flash-attn, decodes by our kernel, which is faster."""
+
+
+def choose_backend(wanted: str, *, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
+    """The backend that a user asked for, or for "auto" the fastest that this machine has.
+
+    Args:
+        wanted: "auto" or a backend's name.
+        device: where the cache is.
+        dtype: of the cache.
+        head_dim: of keys and values.
+        block_size: tokens per block of the cache.
+
+    Raises:
+        ValueError: it cannot serve here, or there is no such backend.
+    """
+    if wanted not in {"auto", *BACKENDS}:
+        raise ValueError(f"--attention-backend is auto, triton, flash or torch, not {wanted}")
+    if wanted == "torch" or (wanted == "auto" and not (device.type == "cuda" and HAS_TRITON)):
+        return "torch"
+    if device.type != "cuda" or not HAS_TRITON:
+        lacks = "an NVIDIA GPU" if device.type != "cuda" else "the package triton"
+        raise ValueError(f"--attention-backend {wanted} needs {lacks}")
+    if wanted == "triton":
+        return "triton"
+    flash_lacks = what_flash_lacks(device=device, dtype=dtype, head_dim=head_dim, block_size=block_size)
+    if wanted == "flash" and flash_lacks:
+        raise ValueError(f"--attention-backend flash needs {flash_lacks}")
+    return "triton" if flash_lacks else "flash"
 
 
 def paged_attention(
@@ -27,9 +59,11 @@ def paged_attention(
     kv_lens_S: Tensor,
     block_tables_SB: Tensor,
     num_decodes: int,
-    max_query_len: int,  # noqa: ARG001 - a GPU kernel's grid needs it; the reference does not
+    max_query_len: int,
     max_kv_len: int,
     scale: float,
+    decode_plan: DecodePlan | None = None,
+    backend: str = "torch",
 ) -> Tensor:
     """What each token sees, [T, H, E] in q's dtype, of its sequence's keys up to itself; they are in the cache already.
 
@@ -42,92 +76,90 @@ def paged_attention(
         block_tables_SB: int32, the blocks of each sequence in order, padded with any valid block.
         num_decodes: sequences at the front with exactly one token.
         max_query_len: the most tokens of a sequence in this batch.
-        max_kv_len: the most keys of a sequence in this batch.
+        max_kv_len: no sequence in this batch has more keys.
         scale: what scores are multiplied by.
+        decode_plan: of the decodes' lengths, shared by all layers. Without one, "triton" makes one for this call and
+            "flash" has flash-attn compute decodes, too.
+        backend: what computes, one of BACKENDS.
+
+    Raises:
+        ValueError: no such backend; shapes, types or layouts that do not fit each other.
     """
-    out_THE = torch.empty_like(q_THE)
+    if backend == "torch":
+        tables = query_starts, kv_lens_S, block_tables_SB
+        return _by_references(
+            q_THE, keys_NPKE, values_NPKE, *tables, num_decodes=num_decodes, max_kv_len=max_kv_len, scale=scale
+        )
+    if backend not in BACKENDS:
+        raise ValueError(f"there is no attention backend {backend}")
+    if backend == "flash" and decode_plan is None:
+        num_decodes = 0  # to flash-attn they are chunks of one token
+    has_chunks = num_decodes < len(kv_lens_S)
+    if backend == "flash" and has_chunks:
+        out_THE = flash_attention(
+            q_THE,
+            keys_NPKE,
+            values_NPKE,
+            query_starts=query_starts[num_decodes:],
+            kv_lens_S=kv_lens_S[num_decodes:],
+            block_tables_SB=block_tables_SB[num_decodes:],
+            max_query_len=max_query_len,
+            scale=scale,
+        )
+    else:
+        out_THE = torch.empty_like(q_THE)
     if num_decodes:
-        out_THE[:num_decodes] = decode_reference(
+        decode_attention(
             q_THE[:num_decodes],
             keys_NPKE,
             values_NPKE,
             kv_lens_S=kv_lens_S[:num_decodes],
             block_tables_SB=block_tables_SB[:num_decodes],
-            max_kv_len=max_kv_len,
+            plan=decode_plan or _plan(q_THE, keys_NPKE, kv_lens_S[:num_decodes]),
             scale=scale,
+            out_SHE=out_THE[:num_decodes],
         )
-    if num_decodes < len(kv_lens_S):
-        chunks_reference(
-            out_THE,
+    if backend == "triton" and has_chunks:
+        chunk_attention(
             q_THE,
             keys_NPKE,
             values_NPKE,
-            query_starts=query_starts.tolist(),
-            kv_lens=kv_lens_S.tolist(),
+            query_starts=query_starts,
+            kv_lens_S=kv_lens_S,
             block_tables_SB=block_tables_SB,
-            first=num_decodes,
+            first_chunk=num_decodes,
+            max_query_len=max_query_len,
             scale=scale,
+            out_THE=out_THE,
         )
     return out_THE
 
 
-def decode_reference(
-    q_SHE: Tensor,
-    keys_NPKE: Tensor,
-    values_NPKE: Tensor,
-    *,
-    kv_lens_S: Tensor,
-    block_tables_SB: Tensor,
-    max_kv_len: int,
-    scale: float,
-) -> Tensor:
-    """Plain torch: gather every sequence's keys, padded to the longest, and mask the padding."""
-    num_kv_heads = keys_NPKE.shape[2]
-    blocks_SB = block_tables_SB[:, : -(-max_kv_len // keys_NPKE.shape[1])]
-    k_SLKE = keys_NPKE[blocks_SB].flatten(1, 2).float()
-    v_SLKE = values_NPKE[blocks_SB].flatten(1, 2).float()
-    q_SKGE = q_SHE.float().reshape(len(q_SHE), num_kv_heads, -1, q_SHE.shape[2]) * scale
-    scores_SKGL = q_SKGE @ k_SLKE.permute(0, 2, 3, 1)
-    places_L = torch.arange(k_SLKE.shape[1], device=q_SHE.device)
-    beyond_SL = places_L >= kv_lens_S[:, None]
-    # The least number rather than minus infinity: an empty sequence (padding of a batch) then gives no NaN.
-    weights_SKGL = scores_SKGL.masked_fill_(beyond_SL[:, None, None], torch.finfo(torch.float32).min).softmax(-1)
-    out_SKGE: Tensor = weights_SKGL @ v_SLKE.permute(0, 2, 1, 3)
-    return out_SKGE.flatten(1, 2).to(q_SHE.dtype)
-
-
-def chunks_reference(
-    out_THE: Tensor,
+def _by_references(
     q_THE: Tensor,
     keys_NPKE: Tensor,
     values_NPKE: Tensor,
-    *,
-    query_starts: Sequence[int],
-    kv_lens: Sequence[int],
+    query_starts: Tensor,
+    kv_lens_S: Tensor,
     block_tables_SB: Tensor,
-    first: int,
+    *,
+    num_decodes: int,
+    max_kv_len: int,
     scale: float,
-) -> None:
-    """Plain torch: one sequence after another from the one numbered `first` on; writes into `out_THE`."""
-    for sequence in range(first, len(kv_lens)):
-        start, end, kv_len = query_starts[sequence], query_starts[sequence + 1], kv_lens[sequence]
-        blocks_B = block_tables_SB[sequence, : -(-kv_len // keys_NPKE.shape[1])]
-        out_THE[start:end] = _attend(
-            q_THE[start:end],
-            keys_NPKE[blocks_B].flatten(0, 1)[:kv_len],
-            values_NPKE[blocks_B].flatten(0, 1)[:kv_len],
-            scale,
-        )
+) -> Tensor:
+    out_THE = torch.empty_like(q_THE)
+    if num_decodes:
+        used_SB = block_tables_SB[:num_decodes, : -(-max_kv_len // keys_NPKE.shape[1])]
+        decodes = q_THE[:num_decodes], keys_NPKE, values_NPKE, kv_lens_S[:num_decodes], used_SB
+        decode_reference(out_THE[:num_decodes], *decodes, scale=scale)
+    if num_decodes < len(kv_lens_S):
+        tables = query_starts, kv_lens_S, block_tables_SB
+        chunk_reference(out_THE, q_THE, keys_NPKE, values_NPKE, *tables, first_chunk=num_decodes, scale=scale)
+    return out_THE
 
 
-def _attend(q_QHE: Tensor, k_LKE: Tensor, v_LKE: Tensor, scale: float) -> Tensor:
-    """One sequence's last Q tokens over its L keys."""
-    num_queries, num_keys, group = len(q_QHE), len(k_LKE), q_QHE.shape[1] // k_LKE.shape[1]
-    q_HQE = q_QHE.float().transpose(0, 1)
-    k_HLE = k_LKE.float().transpose(0, 1).repeat_interleave(group, 0)
-    v_HLE = v_LKE.float().transpose(0, 1).repeat_interleave(group, 0)
-    sees_QL = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_QHE.device).tril(num_keys - num_queries)
-    out_HQE = functional.scaled_dot_product_attention(
-        q_HQE[None], k_HLE[None], v_HLE[None], attn_mask=sees_QL, scale=scale
-    )[0]
-    return out_HQE.transpose(0, 1).to(q_QHE.dtype)
+def _plan(q_THE: Tensor, keys_NPKE: Tensor, kv_lens_S: Tensor) -> DecodePlan:
+    _, _, num_kv_heads, head_dim = keys_NPKE.shape
+    return plan_decode(
+        kv_lens_S, num_heads=q_THE.shape[1], num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=keys_NPKE.dtype
+    )

@@ -54,35 +54,47 @@ def test_the_integer_version_gives_the_known_answers(counter, key, words):
 @pytest.mark.parametrize("seed", [0, 1, 2**32 - 1, 2**32, 2**63 - 1, 2**63, 2**64 - 1, 0x0123456789ABCDEF])
 def test_tensors_give_what_integers_give(seed):
     counters, highs = [0, 1, 2, 77, 151_935, WORD], [0, 1, 4095, WORD]
-    got_HC = philox(torch.tensor([[signed(seed)]]), torch.tensor([counters]), torch.tensor(highs)[:, None])
+    got = philox(torch.tensor([[signed(seed)]]), torch.tensor([counters]), torch.tensor(highs)[:, None])
     expected = [
-        [philox_in_integers((counter, high, 0, 0), (seed & WORD, seed >> 32))[0] for counter in counters]
-        for high in highs
+        [philox_in_integers((counter, high, 0, 0), (seed & WORD, seed >> 32)) for counter in counters] for high in highs
     ]
-    assert got_HC.tolist() == expected
+    assert torch.stack(got, dim=-1).tolist() == [[list(words) for words in row] for row in expected]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_uniforms_are_those_of_triton():
-    seeds, steps, token_ids = [0, 12345, -3, 2**62 + 11], [0, 1, 1000], [0, 1, 2, 3, 99, 31_999, 128_255, 151_935]
-    step_of, token_of = [s for s in steps for _ in token_ids], token_ids * len(steps)
-    step_of, token_of = (each + each[:8] for each in (step_of, token_of))  # 32: Triton wants a power of two
-    offsets = [(step << 32) | token for step, token in zip(step_of, token_of, strict=True)]
+def test_words_are_those_of_triton_and_of_our_kernels():
+    seeds, steps, firsts, num = [0, 12345, -3, 2**62 + 11], [0, 1, 1000, 2**31 + 5], [0, 37_900], 32
     script = Path(__file__).with_name("triton_rand.py")
     run = subprocess.run(  # noqa: S603
-        [sys.executable, str(script), json.dumps([seeds, offsets])],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, str(script), json.dumps([seeds, steps, firsts, num])],
+        env=os.environ if torch.cuda.is_available() else {**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         check=True,
     )
-    got = uniform(torch.tensor(seeds)[:, None], torch.tensor([token_of]), torch.tensor([step_of]))
-    assert got.tolist() == json.loads(run.stdout)
+    expected = []
+    for seed in seeds:
+        for step in steps:
+            for first in firsts:
+                words = philox(torch.tensor([seed]), torch.arange(first, first + num), torch.tensor([step]))
+                as_int32 = [word.to(torch.int32).tolist() for word in words]
+                expected.append([as_int32, as_int32, uniform(words[0]).tolist()])
+    got = json.loads(run.stdout)
+    assert [each[:2] for each in got] == [each[:2] for each in expected]
+    got_uniform, expected_uniform = (torch.tensor([each[2] for each in side]) for side in (got, expected))
+    assert torch.allclose(got_uniform, expected_uniform, rtol=2**-22, atol=0)  # a product and a sum, fused or not
+
+
+def test_a_tokens_noise_is_its_word_of_its_group():
+    noise_V = gumbel(torch.tensor([7]), torch.tensor([3]), 4 * 9 + 2)[0]
+    words = torch.stack(philox(torch.tensor([7]), torch.arange(10), torch.tensor([3])), dim=-1).flatten()
+    expected_V = -(-(-uniform(words)).log1p()).log()
+    assert noise_V.tolist() == expected_V[: 4 * 9 + 2].tolist()
 
 
 def test_uniforms_are_spread_evenly_over_zero_to_one():
-    u = uniform(torch.tensor([7]), torch.arange(200_000), torch.tensor([3]))
-    assert u.min() >= 0
+    u = uniform(torch.cat(philox(torch.tensor([7]), torch.arange(50_000), torch.tensor([3]))))
+    assert u.min() > 0
     assert u.max() < 1
     counts = torch.histc(u, bins=100, min=0, max=1)
     chi_square = ((counts - 2000) ** 2 / 2000).sum().item()
@@ -97,8 +109,9 @@ def test_the_noise_has_gumbels_mean_and_variance():
 
 @pytest.mark.parametrize("word", [0, WORD, 2**31 - 1, 2**31, 1])
 def test_no_word_makes_infinite_noise(word, monkeypatch):
-    monkeypatch.setattr("gllm_kernels.philox.philox", lambda _, counter, __: torch.full_like(counter, word))
+    monkeypatch.setattr("gllm_kernels.philox.philox", lambda _, counter, __: (torch.full_like(counter, word),) * 4)
     assert gumbel(torch.tensor([0]), torch.tensor([0]), 1).abs().item() < 25
+    assert 0 < uniform(torch.tensor([word])).item() < 1
 
 
 def test_noise_differs_by_seed_by_step_and_by_token():

@@ -1,0 +1,44 @@
+"""Triton where it is installed: importing a kernel must not need it, a machine without a GPU runs the references."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["HAS_TRITON", "next_power_of_2", "num_multiprocessors", "runs_triton", "tl", "triton"]
+
+try:
+    import triton
+    import triton.language as tl
+
+    HAS_TRITON = True
+except ModuleNotFoundError:
+    HAS_TRITON = False
+
+    def _unchanged(function: Any = None, **_: Any) -> Any:  # noqa: ANN401 - stands for a decorator
+        return _unchanged if function is None else function
+
+    triton: Any = SimpleNamespace(jit=_unchanged)  # type: ignore[no-redef]
+    tl: Any = SimpleNamespace(constexpr=None)  # type: ignore[no-redef]
+
+
+def runs_triton(tensor: Tensor) -> bool:
+    """Whether an operation on this tensor is a Triton kernel's."""
+    return tensor.is_cuda and HAS_TRITON
+
+
+@lru_cache
+def num_multiprocessors(device: torch.device) -> int:
+    """Programs that a device runs side by side; some for Triton's interpreter, so that its loops are real ones."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def next_power_of_2(number: int) -> int:
+    """The least power of two that is at least `number`."""
+    return 1 << max(0, number - 1).bit_length()
