@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
+    from gllm_kernels.decode_attention import DecodePlan
     from torch import Tensor
 
     from gllm.runtime.model_config import ModelConfig
@@ -37,6 +38,8 @@ class AttentionBatch:
     num_decodes: int  # the first this many sequences have exactly one token each
     max_query_len: int
     max_kv_len: int
+    decode_plan: DecodePlan | None = None  # of the decodes' lengths, for kernels that share their keys out
+    backend: str = "torch"  # what computes attention
 
 
 def allocate_caches(

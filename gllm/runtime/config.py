@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LoadFormat = Literal["auto", "dummy"]
+AttentionBackend = Literal["auto", "triton", "flash", "torch"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,13 +74,15 @@ class RuntimeConfig:
     block_size: int = 16
     max_model_len: int | None = None
     num_blocks: int | None = None
-    max_in_flight: int = 0  # 0: the pipeline's depth
+    max_in_flight: int = 0  # 0: one for each stage, and one that is planned ahead
     prefix_caching: bool = True
     gpu_memory_utilization: float = 0.9
     kv_cache_bytes: int | None = None  # on each GPU or process; None: what is left (on a CPU: 1 GiB)
     device: Device = "auto"
     dtype: Dtype = "auto"
     load_format: LoadFormat = "auto"
+    attention_backend: AttentionBackend = "auto"
+    cuda_graphs: bool = True
     skip_tokenizer_init: bool = False
     seed: int = 0
     record: str | None = None  # keep the run's columns; "" for them alone, else also a decision log at this path
@@ -120,7 +123,7 @@ class RuntimeConfig:
             max_model_len=longest,
             max_num_seqs=self.max_num_seqs,
             depth=self.parallel.pp,
-            max_in_flight=self.max_in_flight,
+            max_in_flight=self.max_in_flight or self.parallel.pp + 1,
             prefix_caching=self.prefix_caching,
         )
 

@@ -79,7 +79,7 @@ class LLM:
         pp: pipeline stages.
         tp: slices of each stage's layers.
         ep: groups of a stage's ranks that share its experts.
-        pp_layers: layers of each stage; None: even.
+        pp_layers: layers of each stage; None: balanced.
         options: fields of `RuntimeConfig`.
 
     Raises:

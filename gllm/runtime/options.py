@@ -45,6 +45,13 @@ def add_runtime_options(parser: argparse.ArgumentParser, *, seed: bool = True) -
     )
     group.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
     group.add_argument("--load-format", choices=("auto", "dummy"), default="auto", help="dummy: random weights")
+    group.add_argument(
+        "--attention-backend",
+        choices=("auto", "triton", "flash", "torch"),
+        default="auto",
+        help="flash needs the extra `flash`; default: the fastest that the machine has",
+    )
+    group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     group.add_argument("--skip-tokenizer-init", action="store_true", help="no text: prompts and answers are token ids")
     group.add_argument("--kv-cache-memory-bytes", type=whole(1), metavar="N", help="cache of each worker")
     if seed:
@@ -94,6 +101,8 @@ def runtime_config(args: argparse.Namespace, *, record: str | None = None) -> Ru
         device=args.device,
         dtype=args.dtype,
         load_format=args.load_format,
+        attention_backend=args.attention_backend,
+        cuda_graphs=not args.enforce_eager,
         skip_tokenizer_init=args.skip_tokenizer_init,
         seed=args.seed,
         record=record,

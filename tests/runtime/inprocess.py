@@ -62,7 +62,7 @@ def load_models(folder, parallel):
     config = load_model_config(folder)
     models = []
     for stage in range(parallel.pp):
-        layers = parallel.layers_of_stage(config.shape.num_layers, stage)
+        layers = parallel.layers_of_stage(config.shape, stage)
         shard = Shard(layers=layers, is_first=stage == 0, is_last=stage == parallel.pp - 1)
         models.append(MODELS[config.architecture](config, shard, dtype=torch.float32).eval())
         load_weights(models[-1], folder)
@@ -86,7 +86,7 @@ class Pipeline:
                 model,
                 Neighbours(before[stage], after[stage], tokens if stage in (0, pp - 1) else None),
                 stage=stage,
-                report=report,
+                report=lambda make: report(make()),
                 limits=limits,
             )
             for stage, model in enumerate(models)

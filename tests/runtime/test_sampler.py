@@ -10,9 +10,8 @@ import random
 import pytest
 import torch
 from gllm_kernels import sampling
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from gllm.runtime.messages import Admission
 from gllm.runtime.sampling_params import SamplingParams
 from gllm.runtime.worker.sampler import Sampler
 
@@ -21,11 +20,14 @@ torch.set_num_threads(1)
 INF = math.inf
 
 
+def admission(slot, params, seed, prompt, output, stop):  # noqa: PLR0917 - a request
+    return Admission(slot, [*prompt, *output], len(prompt), params, seed, list(stop))
+
+
 def sampler_with(vocab_size, *requests):
     """A sampler whose slots 0, 1, ... hold these (params, seed, prompt, output, stop tokens)."""
     sampler = Sampler(max(1, len(requests)), vocab_size, "cpu")
-    for slot, request in enumerate(requests):
-        sampler.add(slot, *request)
+    sampler.add_all([admission(slot, *request) for slot, request in enumerate(requests)])
     return sampler
 
 
@@ -105,73 +107,6 @@ def test_extreme_temperatures_hold():
     assert draws(logits_V, SamplingParams(temperature=1e300), 200).unique().tolist() == [0, 1, 2]
 
 
-# The filters, number by number.
-
-
-def kept_by(logits, *, top_k=0, top_p=1.0, min_p=0.0):
-    row = {"top_k_S": torch.tensor([top_k]), "top_p_S": torch.tensor([top_p]), "min_p_S": torch.tensor([min_p])}
-    kept_V = sampling.keep_likely(torch.tensor([logits]), **row)[0]
-    assert all(
-        kept in (logit, -INF) for kept, logit in zip(kept_V.tolist(), torch.tensor(logits).tolist(), strict=True)
-    )
-    return [token for token, logit in enumerate(kept_V.tolist()) if logit > -INF]
-
-
-@pytest.mark.parametrize(
-    ("logits", "filters", "kept"),
-    [
-        ([1.0, 3.0, 2.0], {"top_k": 1}, [1]),
-        ([1.0, 3.0, 2.0], {"top_k": 2}, [1, 2]),
-        ([1.0, 3.0, 2.0], {"top_k": 3}, [0, 1, 2]),
-        ([1.0, 3.0, 2.0], {"top_k": 10**9}, [0, 1, 2]),
-        ([1.0, 3.0, 2.0], {"top_k": 0}, [0, 1, 2]),
-        ([1.0, 3.0, 2.0], {"top_k": -1}, [0, 1, 2]),
-        ([1.0, 2.0, 2.0, 2.0], {"top_k": 2}, [1, 2, 3]),  # a tie at the edge stays whole
-        ([1.0, 3.0, 2.0], {"top_p": 1e-9}, [1]),
-        ([1.0, 3.0, 2.0], {"top_p": 1e-60}, [1]),  # 0 in float32
-        ([0.0, 0.0, 0.0, 0.0], {"top_p": 0.3}, [0, 1, 2, 3]),
-        ([math.log(p) for p in (0.5, 0.3, 0.2)], {"top_p": 0.45}, [0]),
-        ([math.log(p) for p in (0.5, 0.3, 0.2)], {"top_p": 0.55}, [0, 1]),
-        ([math.log(p) for p in (0.2, 0.5, 0.3)], {"top_p": 0.85}, [0, 1, 2]),
-        ([math.log(p) for p in (0.5, 0.3, 0.2)], {"top_k": 2, "top_p": 0.6}, [0]),  # 0.5 of 0.8 is 0.625
-        ([math.log(p) for p in (0.5, 0.3, 0.2)], {"min_p": 0.35, "top_p": 0.7}, [0, 1]),
-        ([math.log(p) for p in (0.5, 0.3, 0.2)], {"min_p": 0.5, "top_p": 0.6}, [0]),  # min-p comes first
-        ([math.log(p) for p in (0.5, 0.3, 0.2)], {"min_p": 0.61}, [0]),
-        ([math.log(p) for p in (0.5, 0.3, 0.2)], {"min_p": 0.59}, [0, 1]),
-        ([1.0, 3.0, 3.0], {"min_p": 1.0}, [1, 2]),
-        ([-INF, 0.0, -1.0], {"top_k": 3, "top_p": 0.999, "min_p": 0.001}, [1, 2]),
-    ],
-)
-def test_what_a_filter_keeps(logits, filters, kept):
-    assert kept_by(logits, **filters) == kept
-
-
-def test_top_p_of_one_keeps_the_longest_tail():
-    logits_V = [0.0] + [-40.0] * 50_000
-    assert len(kept_by(logits_V, min_p=0.0, top_p=1.0)) == 50_001
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.floats(-8, 8, width=16), min_size=1, max_size=12, unique=True),
-    st.integers(0, 14),
-    st.floats(0.01, 1.0),
-    st.floats(0.0, 1.0),
-)
-def test_filters_agree_with_their_definitions(logits, top_k, top_p, min_p):
-    probs = torch.tensor(logits, dtype=torch.float64).softmax(0).tolist()
-    order = sorted(range(len(logits)), key=lambda token: -logits[token])
-    order = [token for token in order if probs[token] >= min_p * probs[order[0]]][: top_k or None]
-    total, before, expected = sum(probs[token] for token in order), 0.0, []
-    for token in order:
-        if abs(before / total - top_p) < 1e-5 or abs(probs[token] - min_p * probs[order[0]]) < 1e-6:
-            return  # rounding decides
-        if before / total < top_p or top_p >= 1:
-            expected.append(token)
-        before += probs[token]
-    assert kept_by(logits, top_k=top_k, top_p=top_p, min_p=min_p) == sorted(expected)
-
-
 # Bias, masks and penalties.
 
 
@@ -188,7 +123,7 @@ def test_stop_tokens_are_shut_out_until_min_tokens():
     params = SamplingParams(temperature=0, min_tokens=2, logit_bias={0: 50})
     sampler = sampler_with(3, (params, 0, [], [], {0, 1}))
     assert [tokens_of(sampler, logits_SV, [0])[0] for _ in range(4)] == [2, 2, 0, 0]
-    sampler.add(0, params, 0, [], [2], {0, 1})  # back from a preemption, one token old
+    sampler.add_all([admission(0, params, 0, [], [2], {0, 1})])  # back from a preemption, one token old
     assert [tokens_of(sampler, logits_SV, [0])[0] for _ in range(2)] == [2, 0]
 
 
@@ -226,11 +161,10 @@ def test_only_slots_with_penalties_have_a_history():
     plain, penal = SamplingParams(), SamplingParams(presence_penalty=1.0)
     sampler = sampler_with(50, *((penal if slot % 4 == 0 else plain, slot, [1], [2, 2], []) for slot in range(16)))
     assert len(sampler._histories._counts_CV) == 4
-    for slot in range(16):
-        sampler.add(slot, plain, 0, [], [], [])
-    sampler.add(3, penal, 0, [7], [9, 9], [])
+    sampler.add_all([admission(slot, plain, 0, [], [], []) for slot in range(16)])
+    sampler.add_all([admission(3, penal, 0, [7], [9, 9], [])])
     assert len(sampler._histories._counts_CV) == 4  # room is used again, and it is clean
-    counts_CV, in_prompt_CV = sampler._histories.read([3])
+    counts_CV, in_prompt_CV = sampler._histories.read(sampler._histories.rows([3]))
     assert counts_CV.nonzero().tolist() == [[0, 9]]
     assert counts_CV[0, 9] == 2
     assert in_prompt_CV.nonzero().tolist() == [[0, 7]]
@@ -289,13 +223,13 @@ def test_a_request_gets_the_same_answer_in_any_company(trial):
     alone = [answer_alone(request, 8) for request in requests]
     sampler, slots = Sampler(12, VOCAB_SIZE, "cpu"), rng.sample(range(12), 12)
     answers = [([], []) for _ in requests]
-    for number, request in enumerate(requests):
-        sampler.add(slots[number], *request)
+    sampler.add_all([admission(slots[number], *request) for number, request in enumerate(requests)])
     while unfinished := [number for number, (output, _) in enumerate(answers) if len(output) < 8]:
         batch = rng.sample(unfinished, rng.randint(1, len(unfinished)))
         if rng.random() < 0.3:  # preempted: it comes back, to another slot's place or its own
             number = rng.choice(batch)
-            sampler.add(slots[number], *requests[number][:3], list(answers[number][0]), requests[number][4])
+            back = (*requests[number][:3], list(answers[number][0]), requests[number][4])
+            sampler.add_all([admission(slots[number], *back)])
         logits_SV = torch.stack([logits_after(requests[number], answers[number][0]) for number in batch])
         sampled = step(sampler, logits_SV, [slots[number] for number in batch])
         listed = sampled.logprobs or [None] * len(batch)
@@ -316,23 +250,131 @@ def test_the_same_seed_gives_the_same_tokens_and_another_seed_others():
     assert len(set(rows)) == 4
 
 
+@pytest.mark.parametrize(
+    "params",
+    [SamplingParams(), SamplingParams(top_p=0.9, frequency_penalty=0.5, repetition_penalty=1.2, min_tokens=7)],
+)
 @pytest.mark.parametrize("cut", [1, 5, 9])
-def test_a_preempted_answer_goes_on_as_if_nothing_had_been(cut):
-    params = SamplingParams(top_p=0.9, frequency_penalty=0.5, repetition_penalty=1.2, min_tokens=7)
+def test_a_preempted_answer_goes_on_as_if_nothing_had_been(cut, params):
     request = (params, 99, [3, 4, 4], [], [0, 1])
     whole, _ = answer_alone(request, 10)
     sampler, output = Sampler(3, VOCAB_SIZE, "cpu"), whole[:cut]
-    sampler.add(2, params, 99, [3, 4, 4], output, [0, 1])
+    sampler.add_all([admission(2, params, 99, [3, 4, 4], output, [0, 1])])
     while len(output) < 10:
         output = output + tokens_of(sampler, logits_after(request, output)[None], [2])
     assert output == whole
 
 
-def test_a_large_draw_is_cut_into_pieces_that_change_nothing(monkeypatch):
-    logits_SV, seeds_S, steps_S = torch.randn(37, 100), torch.arange(37), torch.arange(37) % 5
-    whole = sampling.draw(logits_SV, seeds_S, steps_S)
-    monkeypatch.setattr(sampling, "_DRAW_ELEMENTS", 1000)
-    assert torch.equal(sampling.draw(logits_SV, seeds_S, steps_S), whole)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_penalty_costs_the_other_rows_nothing(dtype):
+    """A row with penalties leaves its neighbours' logits, filters and steps as they are."""
+    logits_SV = torch.randn(3, VOCAB_SIZE, generator=torch.Generator().manual_seed(3)).to(dtype)
+    plain, penal = SamplingParams(), SamplingParams(frequency_penalty=0.3, logit_bias={4: 0.01})
+    filtered = SamplingParams(top_k=5, top_p=0.8)
+    requests = [(params, 40 + slot, [1], [2, 2], []) for slot, params in enumerate((plain, penal, filtered))]
+    together = sampler_with(VOCAB_SIZE, *requests)
+    rows = [tokens_of(together, logits_SV, [0, 1, 2]) for _ in range(20)]
+    for row, request in enumerate(requests):
+        alone = sampler_with(VOCAB_SIZE, request)
+        assert [tokens_of(alone, logits_SV[row : row + 1], [0])[0] for _ in range(20)] == [each[row] for each in rows]
+
+
+# Plain batches.
+
+
+@pytest.mark.parametrize(
+    ("options", "plain"),
+    [
+        ({}, True),
+        ({"temperature": 0}, True),
+        ({"temperature": 1.7, "seed": 5, "max_tokens": 3, "prompt_logprobs": 2}, True),
+        ({"temperature": 0, "top_k": 5, "top_p": 0.5}, True),  # a greedy choice never meets them
+        ({"top_k": 5}, False),
+        ({"top_p": 0.5}, False),
+        ({"min_p": 0.1}, False),
+        ({"presence_penalty": 0.1}, False),
+        ({"logit_bias": {3: 1}}, False),
+        ({"min_tokens": 2}, False),
+        ({"logprobs": 0}, False),
+    ],
+)
+def test_who_is_plain(options, plain):
+    sampler = sampler_with(8, (SamplingParams(), 0, [], [], []), (SamplingParams(**options), 0, [], [], []))
+    assert sampler.is_plain([1, 0]) is plain
+    assert sampler.is_plain([0])
+    sampler.add_all([admission(1, SamplingParams(), 0, [], [], [])])  # the next one in its slot
+    assert sampler.is_plain([0, 1])
+
+
+def test_a_slot_may_go_from_plain_batches_to_mixed_ones_and_back():
+    rng = random.Random(9)
+    plain = [(SamplingParams(temperature=t), rng.randrange(2**64), [1], [2] * t, []) for t in (0, 1, 2)]
+    special = (SamplingParams(top_k=10, presence_penalty=0.5, logprobs=1), 3, [1], [], [])
+    alone = [answer_alone(request, 12)[0] for request in plain]
+    sampler = sampler_with(VOCAB_SIZE, *plain, special)
+    outputs = [[], [], [], []]
+    for turn in range(12):
+        slots = [2, 0, 1] if turn % 3 else [3, 1, 2, 0]
+        requests = [*plain, special]
+        logits_SV = torch.stack([logits_after(requests[slot], outputs[slot]) for slot in slots])
+        if sampler.is_plain(slots):
+            tokens = sampler.choose_plain(logits_SV, torch.tensor(slots)).tolist()
+        else:
+            tokens = tokens_of(sampler, logits_SV, slots)
+        for slot, token in zip(slots, tokens, strict=True):
+            outputs[slot].append(token)
+    assert outputs[:3] == alone
+
+
+def test_padding_rows_change_nothing():
+    params = SamplingParams()
+    sampler, twin = (sampler_with(8, *((params, seed, [], [], []) for seed in (1, 2))) for _ in range(2))
+    logits_SV = torch.randn(5, 8, generator=torch.Generator().manual_seed(4))
+    for _ in range(10):
+        padded = sampler.choose_plain(logits_SV, torch.tensor([0, 1, 2, 2, 2])).tolist()
+        assert padded[:2] == twin.choose_plain(logits_SV[:2], torch.tensor([0, 1])).tolist()
+        assert padded[2:] == logits_SV[2:].argmax(dim=1).tolist()
+    assert sampler._steps_N.tolist() == [10, 10, 0]
+
+
+def test_requests_come_in_one_go_with_all_they_asked_for():
+    params = SamplingParams(
+        temperature=0.3, top_p=0.6, min_p=0.2, top_k=2**62, repetition_penalty=1e300, frequency_penalty=-1.5
+    )
+    greedy = SamplingParams(temperature=1e-7, presence_penalty=0.25)
+    sampler = Sampler(5, 8, "cpu")
+    sampler.add_all([admission(4, params, 2**64 - 3, [1, 2], [3], []), admission(1, greedy, 6, [1], [], [])])
+    sampler.add_all([])
+    assert sampler._ints_3N.T.tolist() == [[0] * 3, [6, 0, 0], [0] * 3, [0] * 3, [-3, 1, 2**62], [0] * 3]
+    assert sampler._floats_6N.T.tolist()[1] == [0, 1, 0, 1, 0, 0.25]
+    assert sampler._floats_6N.T.tolist()[4] == pytest.approx([0.3, 0.6, 0.2, INF, -1.5, 0])
+    assert sampler._floats_6N.T.tolist()[5] == [0] * 6
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_nobody_waits_and_the_answers_are_those_of_a_cpu():
+    rng, devices = random.Random(5), ("cpu", "cuda")
+    requests = [some_request(rng) for _ in range(40)]
+    samplers = [Sampler(40, VOCAB_SIZE, device) for device in devices]
+    logits_SV = torch.randn(40, VOCAB_SIZE, generator=torch.Generator().manual_seed(5)) * 3
+    given = [logits_SV.to(device) for device in devices]
+    slots_S = [torch.arange(40, device=device) for device in devices]
+    for sampler in samplers:  # compiles the kernels
+        sampler.add_all([admission(slot, *request) for slot, request in enumerate(requests)])
+        sampler(given[samplers.index(sampler)], list(range(40)), slots_S[samplers.index(sampler)])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        samplers[1].add_all([admission(slot, *request) for slot, request in enumerate(requests)])
+        on_gpu = samplers[1](given[1], list(range(40)), slots_S[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    samplers[0].add_all([admission(slot, *request) for slot, request in enumerate(requests)])
+    on_cpu = samplers[0](given[0], list(range(40)), slots_S[0])
+    assert on_gpu.tokens_S.tolist() == on_cpu.tokens_S.tolist()  # no two scores of these seeds are near each other
+    for ours, theirs in zip(on_gpu.logprobs, on_cpu.logprobs, strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            assert [each.logprob for each in ours] == pytest.approx([each.logprob for each in theirs], abs=1e-4)
 
 
 # Log-probabilities.
@@ -357,6 +399,15 @@ def test_logprobs_are_those_of_the_raw_logits():
         assert token.logprob == pytest.approx(expected_SV[row, token.token_id].item(), abs=1e-6)
     for each in first:
         assert each.logprob == pytest.approx(expected_SV[0, each.token_id].item(), abs=1e-6)
+
+
+def test_logprobs_of_bfloat16_logits_are_computed_in_float32():
+    logits_SV = (torch.randn(2, 40, generator=torch.Generator().manual_seed(1)) * 4).bfloat16()
+    sampler = sampler_with(40, *((SamplingParams(logprobs=3), slot, [2], [1], []) for slot in range(2)))
+    expected_SV = logits_SV.double().log_softmax(-1)
+    for row, listed in enumerate(step(sampler, logits_SV, [0, 1]).logprobs):
+        for each in listed:
+            assert each.logprob == pytest.approx(expected_SV[row, each.token_id].item(), abs=1e-5)
 
 
 def test_nobody_asked_so_there_are_none():

@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from gllm_kernels.paged_attention import paged_attention
-from gllm_kernels.rotary import rotary
-from gllm_kernels.write_kv import write_kv
+from gllm_kernels.qkv import norm_rotate_cache
 from torch import nn
 
 from gllm.runtime.layers.linear import ColumnLinear, RowLinear, head_rows
@@ -29,7 +28,7 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, place: Placement) -> None:
         super().__init__()
         shape, self.interleaved = config.shape, config.rope.interleaved
-        self.head_dim, self.scale = shape.head_dim, shape.head_dim**-0.5
+        self.scale = shape.head_dim**-0.5
         q_size = shape.num_heads * shape.head_dim
         rows = [
             head_rows("q", shape.num_heads, shape.head_dim, place.shard),
@@ -37,8 +36,9 @@ class Attention(nn.Module):
             head_rows("v", shape.num_kv_heads, shape.head_dim, place.shard),
         ]
         self.qkv = ColumnLinear(shape.hidden_size, rows, bias=config.qkv_bias, place=place)
-        self.q_norm = RmsNorm(self.head_dim, eps=config.rms_norm_eps, place=place) if config.qk_norm else None
-        self.k_norm = RmsNorm(self.head_dim, eps=config.rms_norm_eps, place=place) if config.qk_norm else None
+        self.eps = config.rms_norm_eps
+        self.q_norm = RmsNorm(shape.head_dim, eps=self.eps, place=place) if config.qk_norm else None
+        self.k_norm = RmsNorm(shape.head_dim, eps=self.eps, place=place) if config.qk_norm else None
         self.out = RowLinear(
             q_size, shape.hidden_size, bias=config.o_bias, place=place, what="the width of all query heads"
         )
@@ -52,13 +52,17 @@ class Attention(nn.Module):
             batch: the micro-batch.
             cache: this layer's cache; written.
         """
-        q_THE, k_TKE, v_TKE = (
-            each.reshape(len(x_TD), -1, self.head_dim) for each in self.qkv(x_TD).split(self.qkv.sizes, dim=-1)
+        q_THE = norm_rotate_cache(
+            self.qkv(x_TD),
+            None if self.q_norm is None else self.q_norm.weight,
+            None if self.k_norm is None else self.k_norm.weight,
+            *rotation,
+            cache.keys,
+            cache.values,
+            batch.slot_mapping_T,
+            eps=self.eps,
+            interleaved=self.interleaved,
         )
-        if self.q_norm is not None and self.k_norm is not None:
-            q_THE, k_TKE = self.q_norm(q_THE), self.k_norm(k_TKE)
-        q_THE, k_TKE = rotary(q_THE, k_TKE, *rotation, interleaved=self.interleaved)
-        write_kv(k_TKE, v_TKE, cache.keys, cache.values, batch.slot_mapping_T)
         attended_THE = paged_attention(
             q_THE,
             cache.keys,
@@ -70,6 +74,8 @@ class Attention(nn.Module):
             max_query_len=batch.max_query_len,
             max_kv_len=batch.max_kv_len,
             scale=self.scale,
+            decode_plan=batch.decode_plan,
+            backend=batch.backend,
         )
         out_TD: Tensor = self.out(attended_THE.flatten(1))
         return out_TD

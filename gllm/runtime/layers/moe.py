@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from gllm_kernels.moe import experts
+from gllm_kernels.routing import route
 from torch import Tensor, nn
 
 from gllm.runtime.layers.linear import replicated
@@ -49,14 +50,6 @@ class SparseMlp(nn.Module):
         return self.group.all_reduce(out_TD)
 
 
-def route(scores_TX: Tensor, num_chosen: int, *, normalised: bool) -> tuple[Tensor, Tensor]:
-    """Softmax in float32, then the likeliest experts: their weights and numbers, [T, A] each."""
-    weights_TA, ids_TA = scores_TX.float().softmax(-1).topk(num_chosen, dim=-1)
-    if normalised:
-        weights_TA = weights_TA / weights_TA.sum(-1, keepdim=True)
-    return weights_TA, ids_TA
-
-
 class Experts(nn.Module):
     """The routed experts of one rank, or its slices of them."""
 
@@ -65,7 +58,8 @@ class Experts(nn.Module):
         shard = place.shard
         held = slice_of(num_experts, shard.ep_size, shard.ep_rank, what="the number of experts")
         cut = slice_of(width, shard.expert_tp_size, shard.expert_tp_rank, what="moe_intermediate_size")
-        self.first, numbers, held_width = held.start, range(held.start, held.stop), cut.stop - cut.start
+        self.num_experts, self.first, held_width = num_experts, held.start, cut.stop - cut.start
+        numbers = range(held.start, held.stop)
         whole, sizes = slice(0, hidden_size), (width, hidden_size)
         self.gate_up = Stack(place, (len(numbers), 2 * held_width, hidden_size), [
             Part(f"{expert}.{name}", sizes, (cut, whole), (index, slice(first, first + held_width)))
@@ -78,7 +72,15 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, weights_TA: Tensor, ids_TA: Tensor) -> Tensor:
         """This rank's addend of the experts' output."""
-        return experts(x_TD, self.gate_up.weight, self.down.weight, weights_TA, ids_TA, first_expert=self.first)
+        return experts(
+            x_TD,
+            self.gate_up.weight,
+            self.down.weight,
+            weights_TA,
+            ids_TA,
+            first_expert=self.first,
+            num_experts=self.num_experts,
+        )
 
 
 class Stack(Sharded):

@@ -12,40 +12,64 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from gllm_kernels.all_reduce import all_reduce_triton, takes
 
 from gllm.runtime.shard import Shard, SoloCommunicator
+from gllm.runtime.worker.symmetric import NoSharedMemoryError, SharedMemory, share_memory
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from gllm.model_shape import ModelShape
     from gllm.parallel import Parallel
+
+# Its names since torch 2.13 and before.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 
 @dataclass(frozen=True, slots=True)
 class StageCommunicator:
-    """The ranks of one stage."""
+    """The ranks of one stage; they call its methods in the same order, on one stream, with tensors of one shape."""
 
     group: dist.ProcessGroup
     rank: int
     size: int
+    memory: SharedMemory | None = None  # for sums of a decoding step's size, which NCCL is slow at
+    why_none: str = ""  # there is no such memory
+
+    @property
+    def method(self) -> str:
+        """How small tensors are summed, in words; the same on all ranks."""
+        return "shared memory" if self.memory is not None else f"process group ({self.why_none})"
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum of everyone's tensor, in place."""
+        """Sum of everyone's tensor, in place; the same bits on all ranks."""
+        if self.memory is not None and takes(tensor, self.size):
+            return all_reduce_triton(tensor, self.memory.peers)
         dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """Everyone's tensor side by side along the last dimension."""
-        parts = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(parts, tensor.contiguous(), group=self.group)
-        return torch.cat(parts, dim=-1)
+        everyones = tensor.new_empty((self.size * tensor.shape[0], *tensor.shape[1:]))
+        _all_gather(everyones, tensor.contiguous(), group=self.group)
+        return everyones.view(self.size, *tensor.shape).movedim(0, -2).flatten(-2)
 
 
 class Edge:
-    """One way from one rank to another; tensors arrive in the order in which they were sent."""
+    """One way from one rank to another; tensors arrive in the order in which they were sent.
+
+    On GPUs nobody's computing stream waits for a send, and it waits for a receive only where the tensor is needed:
+    transfers start on a stream of their own, into memory that belongs to that stream.
+    """
 
     def __init__(self, sender: int, receiver: int, max_in_flight: int) -> None:
         self._sender, self._receiver, self._max_in_flight = sender, receiver, max_in_flight
         self._group = dist.new_group([sender, receiver])
+        self._stream: torch.cuda.Stream | None = None  # of the receiver, if it is a GPU
         self._sent: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._expected: deque[tuple[dist.Work, torch.Tensor]] = deque()
+        self._copied: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
 
     def greet(self, rank: int, device: torch.device) -> None:
         """Connect both ends now: NCCL's first call on a group waits for the other end's, which may have to wait first.
@@ -57,6 +81,8 @@ class Edge:
             dist.send(hello, self._receiver, group=self._group)
         elif rank == self._receiver:
             dist.recv(hello, self._sender, group=self._group)
+            if device.type == "cuda":
+                self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def send(self, tensor: torch.Tensor) -> None:
         """Send without waiting; the tensor must not be written any more."""
@@ -64,12 +90,43 @@ class Edge:
         work = dist.isend(tensor, self._receiver, group=self._group)
         assert work is not None, "the sender is in the group"
         self._sent.append((work, tensor))
-        if len(self._sent) > self._max_in_flight:  # received long ago, which gloo tells only to who waits for it
+        if tensor.is_cuda:  # to wait would make the stream wait; the engine lets only so many be on the road
+            while self._sent and self._sent[0][0].is_completed():
+                self._sent.popleft()
+        elif len(self._sent) > self._max_in_flight:  # received long ago, which gloo tells only to who waits for it
             self._sent.popleft()[0].wait()
+
+    def expect(self, size: Sequence[int], dtype: torch.dtype) -> None:
+        """Start to receive the next tensor that no call expects yet, long before `receive`; nobody waits.
+
+        Of use on GPUs only: the transfer then does not begin behind what the receiver has yet to compute. It holds
+        a multiprocessor until the tensor has come.
+        """
+        if self._stream is None:
+            return
+        with torch.cuda.stream(self._stream):
+            arriving = torch.empty(size, dtype=dtype, device=self._stream.device)
+            work = dist.irecv(arriving, self._sender, group=self._group)
+        assert work is not None, "the receiver is in the group"
+        self._expected.append((work, arriving))
 
     def receive(self, tensor: torch.Tensor) -> torch.Tensor:
         """Fill `tensor` with the next one sent."""
-        dist.recv(tensor, self._sender, group=self._group)
+        if self._stream is None:
+            dist.recv(tensor, self._sender, group=self._group)
+            return tensor
+        if not self._expected:
+            self.expect(tensor.shape, tensor.dtype)
+        work, arriving = self._expected.popleft()
+        assert (arriving.shape, arriving.dtype) == (tensor.shape, tensor.dtype), "expected otherwise"
+        work.wait()  # the current stream does, not the host
+        tensor.copy_(arriving)
+        # The memory is the other stream's, which knows nothing of the copy: it is given back when that is done.
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        self._copied.append((copied, arriving))
+        while self._copied and self._copied[0][0].query():  # type: ignore[no-untyped-call]
+            self._copied.popleft()
         return tensor
 
 
@@ -83,7 +140,7 @@ class Neighbours:
 
 
 def connect(
-    parallel: Parallel, num_layers: int, rank: int, device: torch.device, max_in_flight: int
+    parallel: Parallel, shape: ModelShape, rank: int, device: torch.device, max_in_flight: int
 ) -> tuple[Shard, Neighbours]:
     """Make all groups, in the same order on every rank; return this rank's."""
     tp, pp = parallel.tp, parallel.pp
@@ -93,10 +150,9 @@ def connect(
         if tp > 1:
             group = dist.new_group(list(range(index * tp, (index + 1) * tp)))
             if index == stage:
-                communicator = StageCommunicator(group, tp_rank, tp)
-                communicator.all_reduce(torch.zeros(1, device=device))  # connects
+                communicator = _communicator(group, tp_rank, tp, device)
     shard = Shard(
-        layers=parallel.layers_of_stage(num_layers, stage),
+        layers=parallel.layers_of_stage(shape, stage),
         tp_rank=tp_rank,
         tp_size=tp,
         ep_size=parallel.ep,
@@ -105,6 +161,14 @@ def connect(
         group=communicator,
     )
     return shard, _edges(parallel, rank, device, max_in_flight)
+
+
+def _communicator(group: dist.ProcessGroup, rank: int, size: int, device: torch.device) -> StageCommunicator:
+    dist.all_reduce(torch.zeros(1, device=device), group=group)  # connects
+    try:
+        return StageCommunicator(group, rank, size, share_memory(group, device))
+    except NoSharedMemoryError as error:
+        return StageCommunicator(group, rank, size, why_none=str(error))
 
 
 def _edges(parallel: Parallel, rank: int, device: torch.device, max_in_flight: int) -> Neighbours:

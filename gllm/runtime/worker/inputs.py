@@ -1,9 +1,9 @@
-"""From a step's small deltas to the tensors that a forward pass takes.
+"""What a worker remembers of its slots, on the host and on the device, and a step's deltas on their way between them.
 
-A worker keeps one row a slot: which blocks its sequence has, how many of its tokens are computed, which tokens it
-holds. A step names only what is new. Lengths follow from the steps alone, so all of this is plain numpy on the host.
+A step names only what is new: blocks, chunks of prompts, who decodes. The device keeps block tables, lengths and
+newest tokens (`gllm_kernels.step_inputs`) and lays out the rest; the host keeps what it needs to know without asking.
 
-Shapes: T tokens, S sequences (decodes first, then chunks), R sampled rows.
+Shapes: S sequences (decodes first, then chunks), R sampled rows, U new block table entries.
 """
 
 from __future__ import annotations
@@ -13,102 +13,122 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-
-from gllm.runtime.attention_batch import AttentionBatch
+from gllm_kernels.step_inputs import SlotState, StepRows, set_blocks
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from numpy.typing import NDArray
 
     from gllm.runtime.messages import Step
 
+    Ints = NDArray[np.int32]
+
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
-    """What a step computes."""
+class Work:
+    """A step on this worker."""
 
-    batch: AttentionBatch
-    num_tokens: int
-    token_ids_T: torch.Tensor  # int64; those of decodes are known only where tokens are fed in
-    decode_slots: NDArray[np.int32]
+    rows: StepRows
     sampled_slots: list[int]
-    sampled_rows_R: torch.Tensor  # int64: which of T
+    sampled_slots_R: torch.Tensor  # int64, the same on the device
+    sampled_rows_R: torch.Tensor | None  # int64: which of the step's tokens; None: all of them
+    max_kv_len: int
+
+    @property
+    def only_decodes(self) -> bool:
+        """Whether every sequence has one token, and its answer goes on."""
+        return self.rows.num_decodes == self.rows.num_tokens
 
 
 class SlotTable:
-    """The rows of all slots on this worker."""
+    """The rows of all slots on this worker; one more than there are, for padding."""
 
     def __init__(self, num_slots: int, max_model_len: int, block_size: int, device: torch.device) -> None:
         self._block_size = block_size
         self._device = device
-        width = -(-max_model_len // block_size)
-        self._blocks = np.zeros((num_slots, width), np.int32)
-        self._num_blocks = np.zeros(num_slots, np.int64)
         self._lengths = np.zeros(num_slots, np.int64)  # tokens whose keys and values are in the cache
-        self._prompts: list[NDArray[np.int64]] = [np.zeros(0, np.int64)] * num_slots
+        self._num_blocks = np.zeros(num_slots, np.int64)
+        self._prompts: list[Ints] = [np.zeros(0, np.int32)] * num_slots
+        self.padding_slot = num_slots
+        self.width = -(-max_model_len // block_size)
+        self.state = SlotState(
+            torch.zeros(num_slots + 1, self.width, dtype=torch.int32, device=device),
+            torch.zeros(num_slots + 1, dtype=torch.int32, device=device),
+            torch.zeros(num_slots + 1, dtype=torch.int64, device=device),
+        )
 
-    def prompt(self, slot: int) -> NDArray[np.int64]:
+    def prompt(self, slot: int) -> Ints:
         """The tokens that a slot came with: its prompt, after a preemption its outputs too."""
         return self._prompts[slot]
 
-    def inputs(self, step: Step) -> Inputs:
-        """Take in a step's deltas; lay out its micro-batch."""
-        self._apply(step)
-        decodes = np.frombuffer(step.decode_slots, np.int32)
-        chunk_slots = np.array([chunk.slot for chunk in step.chunks], np.int32)
-        starts = np.concatenate([self._lengths[decodes], np.array([chunk.start for chunk in step.chunks], np.int64)])
-        counts = np.ones(starts.size, np.int64)
-        counts[decodes.size :] = [chunk.num_tokens for chunk in step.chunks]
-        slots = np.concatenate([decodes, chunk_slots])
-        lengths = starts + counts
-        self._lengths[slots] = lengths
-        query_starts = np.zeros(slots.size + 1, np.int64)
-        np.cumsum(counts, out=query_starts[1:])
-        num_tokens = int(query_starts[-1])
-        positions = np.arange(num_tokens) - np.repeat(query_starts[:-1] - starts, counts)
-        owners = np.repeat(slots, counts)
-        block = self._blocks[owners, positions // self._block_size]
-        max_len = int(lengths.max())
-        batch = AttentionBatch(
-            positions_T=self._tensor(positions),
-            slot_mapping_T=self._tensor(block.astype(np.int64) * self._block_size + positions % self._block_size),
-            query_starts=self._tensor(query_starts.astype(np.int32)),
-            kv_lens_S=self._tensor(lengths.astype(np.int32)),
-            block_tables_SB=self._tensor(self._blocks[slots, : -(-max_len // self._block_size)]),
-            num_decodes=decodes.size,
-            max_query_len=int(counts.max()),
-            max_kv_len=max_len,
-        )
-        finals = [index for index, chunk in enumerate(step.chunks, start=decodes.size) if chunk.final]
-        rows = np.concatenate([np.arange(decodes.size), query_starts[1:][finals] - 1])
-        return Inputs(
-            batch=batch,
-            num_tokens=num_tokens,
-            token_ids_T=self._token_ids(step, decodes.size, num_tokens),
-            decode_slots=decodes,
-            sampled_slots=slots[: decodes.size].tolist() + slots[finals].tolist(),
-            sampled_rows_R=self._tensor(rows),
-        )
-
-    def _apply(self, step: Step) -> None:
+    def take(self, step: Step) -> Work:
+        """Take in a step's deltas, in one copy to the device."""
         for admission in step.admissions:
             self._num_blocks[admission.slot] = 0
-            self._prompts[admission.slot] = np.array(admission.token_ids, np.int64)
+            self._prompts[admission.slot] = np.array(admission.token_ids, np.int32)
+        decodes = np.frombuffer(step.decode_slots, np.int32)
+        chunks = np.array([(c.slot, c.start, c.num_tokens) for c in step.chunks], np.int32).reshape(-1, 3)
+        num_decodes, num_rows = decodes.size, decodes.size + len(chunks)
+        slots = np.concatenate((decodes, chunks[:, 0]))
+        counts = np.ones(num_rows, np.int32)
+        counts[num_decodes:] = chunks[:, 2]
+        self._lengths[decodes] += 1
+        self._lengths[chunks[:, 0]] = chunks[:, 1] + chunks[:, 2]
+        query_starts = np.zeros(num_rows + 1, np.int32)
+        np.cumsum(counts, out=query_starts[1:])
+        finals = [index for index, chunk in enumerate(step.chunks, start=num_decodes) if chunk.final]
+        sampled = np.concatenate((decodes, slots[finals]))
+        sent = self._send(
+            self._new_entries(step),
+            slots,
+            np.concatenate((np.zeros(num_decodes, np.int32), chunks[:, 1])),
+            query_starts,
+            sampled,
+            np.concatenate((np.arange(num_decodes, dtype=np.int32), query_starts[1:][finals] - 1)),
+            self._prompt_tokens(step),
+        )
+        entries, slots_S, starts_S, query_starts_S, sampled_R, sampled_rows_R, prompt_tokens = sent
+        if entries.numel():
+            set_blocks(self.state.block_tables_NW, entries.view(-1, 3))
+        max_kv_len = int(self._lengths[slots].max())
+        rows = StepRows(
+            slots_S,
+            starts_S,
+            query_starts_S,
+            prompt_tokens,
+            num_decodes=num_decodes,
+            num_tokens=int(query_starts[-1]),
+            max_query_len=int(counts.max()),
+            table_width=-(-max_kv_len // self._block_size),
+        )
+        return Work(
+            rows,
+            sampled.tolist(),
+            sampled_R.long(),
+            sampled_rows_R.long() if step.chunks else None,
+            max_kv_len,
+        )
+
+    def _new_entries(self, step: Step) -> Ints:
+        """New blocks as (slot, index, block) triples."""
+        entries: list[tuple[int, int, int]] = []
         for chunk in step.chunks:
-            first = self._num_blocks[chunk.slot]
-            self._blocks[chunk.slot, first : first + len(chunk.blocks)] = chunk.blocks
+            first = int(self._num_blocks[chunk.slot])
+            entries += [(chunk.slot, index, block) for index, block in enumerate(chunk.blocks, start=first)]
             self._num_blocks[chunk.slot] += len(chunk.blocks)
         for slot, block in step.grown:
-            self._blocks[slot, self._num_blocks[slot]] = block
+            entries.append((slot, int(self._num_blocks[slot]), block))
             self._num_blocks[slot] += 1
+        return np.array(entries, np.int32).reshape(-1)
 
-    def _token_ids(self, step: Step, num_decodes: int, num_tokens: int) -> torch.Tensor:
-        token_ids = np.zeros(num_tokens, np.int64)
-        at = num_decodes
-        for chunk in step.chunks:
-            size = chunk.num_tokens
-            token_ids[at : at + size] = self._prompts[chunk.slot][chunk.start : chunk.start + size]
-            at += size
-        return self._tensor(token_ids)
+    def _prompt_tokens(self, step: Step) -> Ints:
+        parts = [self._prompts[chunk.slot][chunk.start : chunk.start + chunk.num_tokens] for chunk in step.chunks]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
 
-    def _tensor(self, values: NDArray[np.int32] | NDArray[np.int64]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self._device, non_blocking=True)
+    def _send(self, *parts: Ints) -> Sequence[torch.Tensor]:
+        """All arrays in one copy."""
+        packed = torch.from_numpy(np.concatenate(parts))
+        if self._device.type == "cuda":
+            packed = packed.pin_memory().to(self._device, non_blocking=True)
+        return packed.split([part.size for part in parts])

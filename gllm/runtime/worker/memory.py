@@ -1,4 +1,7 @@
-"""What fits into a rank's memory: its weights, looked at before any is read, and cache blocks in what is left."""
+"""What fits into a rank's memory: its weights, looked at before any is read, and cache blocks in what is left.
+
+On a GPU the largest step is computed once, and what it takes is measured.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ import torch
 from gllm.runtime.errors import StartError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from gllm.core import Limits
     from gllm.model_shape import ModelShape
     from gllm.runtime.config import RuntimeConfig
@@ -20,6 +25,9 @@ CPU_CACHE_BYTES = _GIB
 """Of a worker without a GPU, unless told otherwise; pages that no sequence reaches cost nothing."""
 
 MAX_SAMPLED = 512  # rows whose logits exist at once
+
+GRAPH_BYTES = _GIB // 2
+"""For CUDA graphs, which are captured when the cache is there: their kernels, and one decode step's activations."""
 
 
 def weight_bytes(shape: ModelShape, shard: Shard, itemsize: int) -> int:
@@ -32,15 +40,6 @@ def weight_bytes(shape: ModelShape, shard: Shard, itemsize: int) -> int:
 def block_bytes(shape: ModelShape, shard: Shard, block_size: int, itemsize: int) -> int:
     """One block of the cache on one rank: keys and values of its layers and heads."""
     return 2 * len(shard.layers) * shape.kv_heads_on(shard.tp_size) * shape.head_dim * block_size * itemsize
-
-
-def activation_bytes(shape: ModelShape, shard: Shard, num_tokens: int, itemsize: int) -> int:
-    """Widest moment of a layer for a micro-batch, with room for its copies, and the last stage's logits."""
-    attention = 2 * (shape.num_heads + max(shard.tp_size, shape.num_kv_heads)) * shape.head_dim
-    rows = max(1, shape.num_experts_per_token)
-    mlp = max(3 * shape.intermediate_size, rows * (2 * shape.hidden_size + 3 * shape.moe_intermediate_size))
-    layer = num_tokens * (4 * shape.hidden_size + 2 * max(attention, mlp) // shard.tp_size) * itemsize
-    return layer + (3 * 4 * shape.vocab_size * min(MAX_SAMPLED, num_tokens) if shard.is_last else 0)
 
 
 def check_weights(shape: ModelShape, shard: Shard, config: RuntimeConfig, itemsize: int, device: torch.device) -> None:
@@ -75,16 +74,30 @@ def _free_bytes(config: RuntimeConfig, device: torch.device) -> int | None:
     return int(fields["MemAvailable"].split()[0]) * 1024 // config.num_local_workers
 
 
-def room_for_blocks(  # noqa: PLR0917 - what fits depends on all of them
+def measure_peak(rehearse: Callable[[], None], device: torch.device) -> int:
+    """Bytes that something takes on a GPU beyond what is there before and after it."""
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    rehearse()
+    torch.cuda.synchronize(device)
+    peak: int = torch.cuda.max_memory_reserved(device) - before
+    torch.cuda.empty_cache()
+    return peak
+
+
+def room_for_blocks(
     shape: ModelShape,
     shard: Shard,
     config: RuntimeConfig,
     limits: Limits,
-    max_batch_tokens: int,
+    *,
     dtype: torch.dtype,
     device: torch.device,
+    peak_bytes: int,
 ) -> int:
-    """Blocks that fit beside the weights, which are loaded; no more than all sequences could ever fill.
+    """Blocks that fit beside the weights, which are loaded, and `peak_bytes` of a step; never more than are useful.
 
     Raises:
         StartError: Not even one does.
@@ -95,8 +108,7 @@ def room_for_blocks(  # noqa: PLR0917 - what fits depends on all of them
         room = CPU_CACHE_BYTES
     elif room is None:
         free, total = torch.cuda.mem_get_info(device)
-        room = int(free - (1 - config.gpu_memory_utilization) * total)
-        room -= activation_bytes(shape, shard, max_batch_tokens, dtype.itemsize)
+        room = int(free - (1 - config.gpu_memory_utilization) * total) - peak_bytes - GRAPH_BYTES
     if config.kv_cache_bytes is not None and room < block:
         raise StartError(f"--kv-cache-memory-bytes {room} is less than one block of the cache, {block} bytes; raise it")
     if room < block:

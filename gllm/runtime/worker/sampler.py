@@ -1,19 +1,22 @@
 """Tokens from logits, for sequences that come and go: `Sampler` keeps what each slot's request asked for.
 
-The host knows which operations a batch needs, so a batch of plain rows pays for none of the others; and each
-operation touches only the rows that asked for it, so a row's token is the one it would get alone.
+What every request has (temperature, seed, step, filters) stands in columns on the device, read there by slot; so a
+batch of plain rows is one operation, which a CUDA graph can hold. The host remembers only requests that need more,
+and each further operation touches only the rows that asked for it: a row's token is the one it would get alone.
 
 Shapes: S rows (sequences) of a micro-batch, Q those of them that need an operation, R rows of a prompt,
-V vocabulary, C sequences with penalties, M (row, token) pairs, N slots.
+V vocabulary, C sequences with penalties, M (row, token) pairs, N slots and one more.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from gllm_kernels import sampling
+from gllm_kernels.draw import draw
+from gllm_kernels.filters import likely_floors
 from torch import Tensor
 
 from gllm.runtime.outputs import Logprobs, TokenLogprob
@@ -22,63 +25,71 @@ from gllm.runtime.sampling_params import MAX_LOGPROBS
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from gllm.runtime.messages import Admission
     from gllm.runtime.sampling_params import SamplingParams
 
 _MAX_TEMPERATURE = 1e30  # beyond it every choice is even; infinity would turn a masked logit into NaN
 
 
-class _Column:
-    """What stands where in a slot's row of numbers."""
-
-    TEMPERATURE, TOP_P, MIN_P, REPETITION, FREQUENCY, PRESENCE = range(6)
-    SEED, STEP, TOP_K = range(3)
-
-
-@dataclass(slots=True, kw_only=True)
-class _Slot:
-    """What the host knows of the request in a slot."""
+@dataclass(slots=True)
+class _Special:
+    """A request that needs more than a temperature and a seed, and what the host knows of it."""
 
     params: SamplingParams
     stop_token_ids: tuple[int, ...]
     num_outputs: int
-    is_random: bool
-    needs_filter: bool
-    needs_penalties: bool
-    bias: tuple[tuple[int, float], ...]
+
+    @property
+    def bias(self) -> Iterable[tuple[int, float]]:
+        """Logits to add to, by token."""
+        return (self.params.logit_bias or {}).items()
 
     @property
     def masked(self) -> tuple[int, ...]:
         """Tokens that would end the answer too early."""
         return self.stop_token_ids if self.num_outputs < self.params.min_tokens else ()
 
-
-class _Rows(NamedTuple):
-    """Some rows of a batch: where they are, and the slots they belong to."""
-
-    places: list[int]
-    where: Tensor | slice  # the same, to index with; a slice if it is all of them
-    slots: Tensor
+    @property
+    def changes_logits(self) -> bool:
+        """Whether its next token is not chosen by the logits as the model gives them."""
+        return self.params.needs_penalties or bool(self.params.logit_bias) or bool(self.masked)
 
 
-@dataclass(frozen=True, slots=True)
 class Sampled:
-    """The tokens of one micro-batch."""
+    """The tokens of one micro-batch, and log-probabilities on their way to the host.
 
-    tokens_S: Tensor  # int64, on the device
-    _top: sampling.TopLogprobs | None = None  # rows that asked
-    _nums: tuple[int | None, ...] = ()  # by row of the batch: how many alternatives; None: not asked
+    Args:
+        tokens_S: int64, on the device.
+        top: log-probabilities, of the rows that asked.
+        nums: by row of the batch, how many alternatives; None: not asked.
+    """
+
+    def __init__(
+        self, tokens_S: Tensor, top: sampling.TopLogprobs | None = None, nums: Sequence[int | None] = ()
+    ) -> None:
+        self.tokens_S = tokens_S
+        self._nums = nums
+        self._arrived: torch.cuda.Event | None = None
+        self._top = top and sampling.TopLogprobs(*(column.to("cpu", non_blocking=True) for column in top))
+        if top is not None and tokens_S.is_cuda:
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
 
     @property
     def logprobs(self) -> list[Logprobs | None] | None:
         """By row, where asked for; None if no row asked. Waits for the device."""
         if self._top is None:
             return None
+        if self._arrived is not None:
+            self._arrived.synchronize()
         listed = iter(_listed(self._top, [num for num in self._nums if num is not None]))
         return [None if num is None else next(listed) for num in self._nums]
 
 
 class Sampler:
     """The requests in the slots of one last-stage worker, and how their tokens are chosen.
+
+    Slot `num_slots` belongs to nobody: its rows pad a batch, and take the likeliest token.
 
     Args:
         num_slots: sequences that may be there at once.
@@ -88,146 +99,134 @@ class Sampler:
 
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device | str) -> None:
         self._device = torch.device(device)
-        self._slots: list[_Slot | None] = [None] * num_slots
-        self._floats_N6 = torch.zeros(num_slots, 6, dtype=torch.float32, device=self._device)
-        self._ints_N3 = torch.zeros(num_slots, 3, dtype=torch.int64, device=self._device)
+        self._padding_slot = num_slots
+        self._special: dict[int, _Special] = {}
         self._histories = _Histories(vocab_size, self._device)
+        # As `_columns` lays them out. One tensor a type, so that requests come with one copy.
+        self._ints_3N = torch.zeros(3, num_slots + 1, dtype=torch.int64, device=self._device)
+        self._floats_6N = torch.zeros(6, num_slots + 1, dtype=torch.float32, device=self._device)
+        self._seeds_N, self._steps_N, self._top_k_N = (self._ints_3N[column] for column in range(3))
+        self._temperatures_N, self._top_p_N, self._min_p_N = (self._floats_6N[column] for column in range(3))
 
-    def add(  # noqa: PLR0917 - what a sequence is, in the order of its life
-        self,
-        slot: int,
-        params: SamplingParams,
-        seed: int,
-        prompt_token_ids: Sequence[int],
-        output_token_ids: Sequence[int],
-        stop_token_ids: Iterable[int],
-    ) -> None:
-        """Give the slot to a sequence, new or back from a preemption with its output so far.
+    def add_all(self, admissions: Sequence[Admission]) -> None:
+        """Give slots to sequences, new or back from a preemption with their outputs so far; each slot at most once."""
+        if not admissions:
+            return
+        sent_A7 = _sent(_columns(admissions), self._device)
+        slots_A = sent_A7[:, 0]
+        self._ints_3N.index_copy_(1, slots_A, sent_A7[:, 1:4].T)
+        self._floats_6N.index_copy_(1, slots_A, sent_A7[:, 4:].view(torch.float32).T)
+        for new in admissions:
+            self._histories.drop(new.slot)
+            self._special.pop(new.slot, None)
+            if _is_special(new.params):
+                prompt, outputs = new.token_ids[: new.num_prompt_tokens], new.token_ids[new.num_prompt_tokens :]
+                self._special[new.slot] = _Special(new.params, tuple(new.stop_token_ids), len(outputs))
+                if new.params.needs_penalties:
+                    self._histories.add(new.slot, prompt, outputs)
 
-        `seed` is the answer's own (64 bits); `stop_token_ids` are all tokens that end it, which `min_tokens` shuts out.
-        """
-        self._slots[slot] = _Slot(
-            params=params,
-            stop_token_ids=tuple(stop_token_ids),
-            num_outputs=len(output_token_ids),
-            is_random=not params.is_greedy,
-            needs_filter=params.needs_filter,
-            needs_penalties=params.needs_penalties,
-            bias=tuple((params.logit_bias or {}).items()),
-        )
-        self._floats_N6[slot] = _to_device(_floats(params), torch.float32, self._device)
-        self._ints_N3[slot] = _to_device(_ints(params, seed, len(output_token_ids)), torch.int64, self._device)
-        self._histories.drop(slot)
-        if params.needs_penalties:
-            self._histories.add(slot, prompt_token_ids, output_token_ids)
+    def is_plain(self, slots: Iterable[int]) -> bool:
+        """Whether no row of these slots needs more than a temperature and a seed."""
+        return not self._special or self._special.keys().isdisjoint(slots)
 
-    def __call__(self, logits_SV: Tensor, slots: Sequence[int], slots_S: Tensor) -> Sampled:
-        """The next token of each row.
+    def choose_plain(self, logits_SV: Tensor, slots_S: Tensor) -> Tensor:
+        """The next token of each row, int64, where `is_plain`; a CUDA graph can hold it.
 
         Args:
-            logits_SV: float32, as the model gave them; they are left as they are.
+            logits_SV: float32, bfloat16 or float16; rows of the padding slot may follow.
+            slots_S: of the rows, int64 on the device.
+        """
+        return draw(logits_SV, slots_S, self._temperatures_N, self._seeds_N, self._steps_N)
+
+    def __call__(self, logits_SV: Tensor, slots: Sequence[int], slots_S: Tensor) -> Sampled:
+        """The next token of each row, whatever its request asked for.
+
+        Args:
+            logits_SV: float32, bfloat16 or float16, as the model gave them; they are left as they are.
             slots: of the rows, each at most once.
             slots_S: the same, int64 on the device.
         """
-        states = [self._state(slot) for slot in slots]
-        logits_as_given_SV = logits_SV
-        logits_SV = self._with_bias_and_masks(logits_SV, states)
-        penalised = self._rows(slots_S, [state.needs_penalties for state in states])
-        if penalised is not None:
-            logits_SV = self._with_penalties(logits_SV, penalised, slots)
-        tokens_S = self._choose(logits_SV, states, slots_S)
-        if penalised is not None:
-            self._histories.count([slots[place] for place in penalised.places], tokens_S[penalised.where])
+        states = [self._special.get(slot) for slot in slots]
+        tokens_S = self._choose(logits_SV, slots, slots_S, states)
         for state in states:
-            state.num_outputs += 1
-        return self._sampled(logits_as_given_SV, tokens_S, states, slots_S)
+            if state is not None:
+                state.num_outputs += 1
+        return self._sampled(logits_SV, tokens_S, states)
 
     def prompt_logprobs(self, logits_RV: Tensor, next_token_ids_R: Tensor, num: int) -> list[Logprobs]:
         """What the model thought of the prompt tokens that follow these rows, with `num` alternatives."""
         top = sampling.top_logprobs(logits_RV, next_token_ids_R.long(), num)
         return _listed(top, [num] * len(logits_RV))
 
-    def _state(self, slot: int) -> _Slot:
-        state = self._slots[slot]
-        assert state is not None, f"slot {slot} is empty"
-        return state
+    def _choose(
+        self, logits_SV: Tensor, slots: Sequence[int], slots_S: Tensor, states: Sequence[_Special | None]
+    ) -> Tensor:
+        """A token a row: rows whose logits change from copies of their own, in float32, the others where they are."""
+        changing = {place: state for place, state in enumerate(states) if state is not None and state.changes_logits}
+        if not changing:
+            return self._draw(logits_SV, slots_S, states)
+        where_Q = self._index(list(changing))
+        slots_Q, states_Q = slots_S[where_Q], list(changing.values())
+        logits_QV = logits_SV[where_Q].float()
+        self._add_bias_and_masks(logits_QV, states_Q)
+        tokens_Q = self._draw_penalised(logits_QV, [slots[place] for place in changing], slots_Q, states_Q)
+        if len(changing) == len(states):
+            return tokens_Q
+        others_S = slots_S.index_fill(0, where_Q, self._padding_slot)  # what these rows get here is not theirs
+        others = [None if place in changing else state for place, state in enumerate(states)]
+        return self._draw(logits_SV, others_S, others).index_copy_(0, where_Q, tokens_Q)
 
-    def _rows(self, slots_S: Tensor, needed: Sequence[bool]) -> _Rows | None:
-        """The rows that need an operation; None if none does."""
-        places = [place for place, is_needed in enumerate(needed) if is_needed]
-        if not places:
-            return None
-        where = slice(None) if len(places) == len(needed) else self._index(places)
-        return _Rows(places, where, slots_S[where])
-
-    def _with_bias_and_masks(self, logits_SV: Tensor, states: list[_Slot]) -> Tensor:
-        """Logits, copied where a request moves or shuts out some."""
+    def _add_bias_and_masks(self, logits_QV: Tensor, states: Sequence[_Special]) -> None:
+        """Move and shut out what the requests say, in place."""
         biased = [(row, token, bias) for row, state in enumerate(states) for token, bias in state.bias]
         masked = [(row, token) for row, state in enumerate(states) for token in state.masked]
-        if not biased and not masked:
-            return logits_SV
-        logits_SV = logits_SV.clone()
         if biased:
             rows, tokens, biases = zip(*biased, strict=True)
-            sampling.add_bias(
-                logits_SV, self._index(rows), self._index(tokens), _to_device(biases, torch.float32, self._device)
-            )
+            biases_M = _to_device(biases, torch.float32, self._device)
+            sampling.add_bias(logits_QV, self._index(rows), self._index(tokens), biases_M)
         if masked:
             rows, tokens = zip(*masked, strict=True)
-            sampling.mask_tokens(logits_SV, self._index(rows), self._index(tokens))
-        return logits_SV
+            sampling.mask_tokens(logits_QV, self._index(rows), self._index(tokens))
 
-    def _with_penalties(self, logits_SV: Tensor, rows: _Rows, slots: Sequence[int]) -> Tensor:
-        """Logits after the penalties of the rows that have some."""
-        counts_QV, in_prompt_QV = self._histories.read([slots[place] for place in rows.places])
-        floats_Q6 = self._floats_N6[rows.slots]
-        penalised_QV = sampling.penalize(
-            logits_SV[rows.where],
-            counts_QV,
-            in_prompt_QV,
-            repetition_S=floats_Q6[:, _Column.REPETITION],
-            frequency_S=floats_Q6[:, _Column.FREQUENCY],
-            presence_S=floats_Q6[:, _Column.PRESENCE],
+    def _draw_penalised(
+        self, logits_QV: Tensor, slots: Sequence[int], slots_Q: Tensor, states: Sequence[_Special]
+    ) -> Tensor:
+        """A token a row, after the penalties of those that have some, whose histories it joins."""
+        penal = [place for place, state in enumerate(states) if state.params.needs_penalties]
+        if not penal:
+            return self._draw(logits_QV, slots_Q, states)
+        where_P, histories_P = self._index(penal), self._histories.rows([slots[place] for place in penal])
+        counts_PV, in_prompt_PV = self._histories.read(histories_P)
+        repetition_P, frequency_P, presence_P = self._floats_6N[3:, slots_Q[where_P]]
+        penalised_PV = sampling.penalize(
+            logits_QV[where_P],
+            counts_PV,
+            in_prompt_PV,
+            repetition_S=repetition_P,
+            frequency_S=frequency_P,
+            presence_S=presence_P,
         )
-        return _replaced(logits_SV, rows.where, penalised_QV)
+        tokens_Q = self._draw(logits_QV.index_copy_(0, where_P, penalised_PV), slots_Q, states)
+        self._histories.count(histories_P, tokens_Q[where_P])
+        return tokens_Q
 
-    def _choose(self, logits_SV: Tensor, states: list[_Slot], slots_S: Tensor) -> Tensor:
-        """The likeliest token of greedy rows, a draw for the others."""
-        drawn = self._rows(slots_S, [state.is_random for state in states])
-        if drawn is None:
-            return logits_SV.argmax(dim=-1)
-        tokens_Q = self._draw(logits_SV[drawn.where], [states[place] for place in drawn.places], drawn.slots)
-        if len(drawn.places) == len(states):
-            return tokens_Q
-        return _replaced(logits_SV.argmax(dim=-1), drawn.where, tokens_Q)
+    def _draw(self, logits_SV: Tensor, slots_S: Tensor, states: Sequence[_Special | None]) -> Tensor:
+        """A token a row, by its temperature and filters."""
+        temperatures_N, floors_S = self._temperatures_N, None
+        if any(state is not None and state.params.needs_filter for state in states):
+            floors_S = likely_floors(logits_SV, slots_S, temperatures_N, self._top_k_N, self._top_p_N, self._min_p_N)
+        return draw(logits_SV, slots_S, temperatures_N, self._seeds_N, self._steps_N, floors_S)
 
-    def _draw(self, logits_QV: Tensor, states: list[_Slot], slots_Q: Tensor) -> Tensor:
-        """A token for each of these rows, by its temperature and filters."""
-        scaled_QV = logits_QV / self._floats_N6[slots_Q, _Column.TEMPERATURE, None]
-        filtered = self._rows(slots_Q, [state.needs_filter for state in states])
-        if filtered is not None:
-            floats_F6, top_k_F = self._floats_N6[filtered.slots], self._ints_N3[filtered.slots, _Column.TOP_K]
-            kept_FV = sampling.keep_likely(
-                scaled_QV[filtered.where],
-                top_k_S=top_k_F,
-                top_p_S=floats_F6[:, _Column.TOP_P],
-                min_p_S=floats_F6[:, _Column.MIN_P],
-            )
-            scaled_QV = _replaced(scaled_QV, filtered.where, kept_FV)
-        ints_Q3 = self._ints_N3[slots_Q]
-        self._ints_N3[slots_Q, _Column.STEP] += 1
-        return sampling.draw(scaled_QV, ints_Q3[:, _Column.SEED], ints_Q3[:, _Column.STEP])
-
-    def _sampled(self, logits_SV: Tensor, tokens_S: Tensor, states: list[_Slot], slots_S: Tensor) -> Sampled:
+    def _sampled(self, logits_SV: Tensor, tokens_S: Tensor, states: Sequence[_Special | None]) -> Sampled:
         """The tokens, with log-probabilities for the rows that asked."""
-        nums = tuple(state.params.logprobs for state in states)
-        asked = self._rows(slots_S, [num is not None for num in nums])
-        if asked is None:
+        nums = [None if state is None else state.params.logprobs for state in states]
+        asked = [place for place, num in enumerate(nums) if num is not None]
+        if not asked:
             return Sampled(tokens_S)
+        where_Q = self._index(asked)
         # All or none: how many the other rows want must not decide which of two equal tokens a row gets to see.
         num_top = MAX_LOGPROBS if any(nums) else 0
-        top = sampling.top_logprobs(logits_SV[asked.where], tokens_S[asked.where], num_top)
-        return Sampled(tokens_S, top, nums)
+        return Sampled(tokens_S, sampling.top_logprobs(logits_SV[where_Q], tokens_S[where_Q], num_top), nums)
 
     def _index(self, values: Sequence[int]) -> Tensor:
         return _to_device(values, torch.int64, self._device)
@@ -259,17 +258,17 @@ class _Histories:
         if slot in self._row_of:
             self._free.append(self._row_of.pop(slot))
 
-    def read(self, slots: Iterable[int]) -> tuple[Tensor, Tensor]:
-        """Counts in the output (int32) and presence in the prompt (bool), a row a slot."""
-        rows = self._rows(slots)
-        return self._counts_CV[rows], self._in_prompt_CV[rows]
-
-    def count(self, slots: Iterable[int], tokens_Q: Tensor) -> None:
-        """Add one token to each slot's output."""
-        self._counts_CV[self._rows(slots), tokens_Q] += 1
-
-    def _rows(self, slots: Iterable[int]) -> Tensor:
+    def rows(self, slots: Iterable[int]) -> Tensor:
+        """Where the slots' histories are; each has one."""
         return _to_device([self._row_of[slot] for slot in slots], torch.int64, self._counts_CV.device)
+
+    def read(self, rows_Q: Tensor) -> tuple[Tensor, Tensor]:
+        """Counts in the output (int32) and presence in the prompt (bool)."""
+        return self._counts_CV[rows_Q], self._in_prompt_CV[rows_Q]
+
+    def count(self, rows_Q: Tensor, tokens_Q: Tensor) -> None:
+        """Add one token to each output."""
+        self._counts_CV[rows_Q, tokens_Q] += 1
 
     def _grow(self) -> None:
         """Twice the room; a history is large, and few requests have penalties."""
@@ -282,10 +281,32 @@ class _Histories:
         )
 
 
+def _is_special(params: SamplingParams) -> bool:
+    """Whether choosing its tokens takes more than a temperature and a seed."""
+    return (
+        params.needs_filter
+        or params.needs_penalties
+        or bool(params.logit_bias)
+        or params.min_tokens > 0
+        or params.logprobs is not None
+    )
+
+
+def _columns(admissions: Sequence[Admission]) -> Tensor:
+    """A row a request, int64 [A, 7] on the host: slot, seed, step, top-k, and six float32 in three numbers."""
+    ints = [
+        [new.slot, _signed(new.seed), len(new.token_ids) - new.num_prompt_tokens, new.params.top_k]
+        for new in admissions
+    ]
+    floats = [_floats(new.params) for new in admissions]
+    floats_A3 = torch.tensor(floats, dtype=torch.float32).view(torch.int64)
+    return torch.cat((torch.tensor(ints, dtype=torch.int64), floats_A3), dim=1)
+
+
 def _floats(params: SamplingParams) -> list[float]:
-    """A slot's row, by `_Column`."""
+    """Temperature (0: greedy), top-p, min-p, and the repetition, frequency and presence penalties."""
     return [
-        min(params.temperature, _MAX_TEMPERATURE),
+        0.0 if params.is_greedy else min(params.temperature, _MAX_TEMPERATURE),
         params.top_p,
         params.min_p,
         params.repetition_penalty,
@@ -294,20 +315,19 @@ def _floats(params: SamplingParams) -> list[float]:
     ]
 
 
-def _ints(params: SamplingParams, seed: int, step: int) -> list[int]:
-    """A slot's row, by `_Column`; an unsigned seed becomes the signed number of the same bits."""
-    return [(seed + 2**63) % 2**64 - 2**63, step, params.top_k]
+def _signed(seed: int) -> int:
+    """The signed number of the same 64 bits."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _to_device(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of a list, on its way to the device without anyone waiting."""
-    tensor = torch.tensor(values, dtype=dtype)
+    return _sent(torch.tensor(values, dtype=dtype), device)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on its way from the host to the device."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
-
-
-def _replaced(x_S: Tensor, where: Tensor | slice, rows_Q: Tensor) -> Tensor:
-    """`x_S` with other values in some rows; the original stays."""
-    return rows_Q if isinstance(where, slice) else x_S.index_copy(0, where, rows_Q)
 
 
 def _listed(top: sampling.TopLogprobs, nums: Sequence[int]) -> list[Logprobs]:

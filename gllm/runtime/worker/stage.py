@@ -1,7 +1,10 @@
 """One rank's part of every step: inputs in, layers, hidden states or sampled tokens out.
 
-Steps arrive ahead of time, so a stage waits only for hidden states, and the first one for the tokens that the last
-one sampled; those go straight back to it, never through the engine.
+Steps arrive ahead of time, and on a GPU the host only launches: it waits for nothing. A stage's device waits for hidden
+states, the first one's for the tokens that the last one sampled, which go straight back to it, never through the
+engine. A step's report is made when its tokens have arrived on the host (`outbox`), while later steps run.
+
+Shapes: T tokens, S sequences, R sampled rows, D hidden size.
 """
 
 from __future__ import annotations
@@ -9,18 +12,22 @@ from __future__ import annotations
 from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
+from gllm_kernels.decode_attention import plan_decode
+from gllm_kernels.step_inputs import StepRows, lay_out
 
-from gllm.runtime.attention_batch import KVCache, allocate_caches
+from gllm.runtime.attention_batch import AttentionBatch, KVCache, allocate_caches
 from gllm.runtime.messages import StageTime, StepDone
 from gllm.runtime.worker.clock import StageClock
+from gllm.runtime.worker.graphs import DecodeGraphs, graph_sizes
 from gllm.runtime.worker.inputs import SlotTable
 from gllm.runtime.worker.memory import MAX_SAMPLED
-from gllm.runtime.worker.sampler import Sampler
+from gllm.runtime.worker.sampler import Sampled, Sampler
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch import Tensor
 
     from gllm.core import Limits
     from gllm.runtime.messages import Report, Step
@@ -28,19 +35,31 @@ if TYPE_CHECKING:
     from gllm.runtime.outputs import Logprobs
     from gllm.runtime.worker.clock import Stamp
     from gllm.runtime.worker.groups import Neighbours
-    from gllm.runtime.worker.inputs import Inputs
-    from gllm.runtime.worker.sampler import Sampled
+    from gllm.runtime.worker.inputs import Work
+
+    Later = Callable[[Callable[[], Report]], None]
 
 
 class _Awaited(NamedTuple):
     """Sampled tokens that the last stage sends back."""
 
     plan: int
-    slots: list[int]
+    slots_R: Tensor
 
 
 class Stage:
-    """A rank that has its weights and its cache."""
+    """A rank that has its weights, and makes its cache.
+
+    Args:
+        model: this rank's layers.
+        neighbours: the stages before and after.
+        stage: which one this is.
+        limits: of the engine.
+        backend: of attention (`gllm_kernels.paged_attention`).
+        report: takes what makes a report, to be called when the device may be waited for; None: another rank of the
+            stage speaks for it.
+        keeps_time: report when each step was computed.
+    """
 
     def __init__(
         self,
@@ -49,14 +68,17 @@ class Stage:
         *,
         stage: int,
         limits: Limits,
+        backend: str = "torch",
+        report: Later | None,
         keeps_time: bool = True,
-        report: Callable[[Report], None] | None,
     ) -> None:
-        self._model, self._neighbours, self._stage = model, neighbours, stage
-        self._report = report  # None: another rank of the stage speaks for it
+        self.model, self._neighbours, self._stage = model, neighbours, stage
+        self._report = report
         self._max_in_flight = limits.max_in_flight
+        self._max_num_seqs, self._max_model_len = limits.max_num_seqs, limits.max_model_len
+        self._block_size, self._backend = limits.block_size, backend
         shard, device = model.shard, model.device
-        self._caches: list[KVCache] = allocate_caches(
+        self.caches: list[KVCache] = allocate_caches(
             model.config,
             shard,
             num_blocks=limits.num_blocks,
@@ -65,114 +87,224 @@ class Stage:
             device=device,
         )
         self._table = SlotTable(limits.max_num_seqs, limits.max_model_len, limits.block_size, device)
-        self._last_tokens = torch.zeros(limits.max_num_seqs, dtype=torch.int64, device=device)
         self._clock = StageClock(device) if keeps_time and report is not None else None
         self._awaited: deque[_Awaited] = deque()
         self._sampler = Sampler(limits.max_num_seqs, model.config.shape.vocab_size, device) if shard.is_last else None
         self._prompt_logprobs: dict[int, int] = {}  # slot -> how many alternatives its prompt's tokens are told with
+        self._graphs: DecodeGraphs | None = None
+        # Graphs own only what is made while they are captured: what else they read must outlive them.
+        self._one_each = torch.arange(limits.max_num_seqs + 1, dtype=torch.int32, device=device)
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture decode steps as CUDA graphs; all ranks of a stage at the same time."""
+        model = self.model
+
+        def compute(slots_S: Tensor, hidden_SD: Tensor | None) -> Tensor:
+            num = slots_S.numel()
+            rows = StepRows(
+                slots_S,
+                slots_S,  # starts: a decode has none
+                self._one_each[: num + 1],
+                slots_S[:0],
+                num_decodes=num,
+                num_tokens=num,
+                max_query_len=1,
+                table_width=self._table.width,
+            )
+            return self._compute(rows, hidden_SD, max_kv_len=self._max_model_len)
+
+        self._graphs = DecodeGraphs(
+            compute,
+            graph_sizes(self._max_num_seqs),
+            padding_slot=self._table.padding_slot,
+            hidden_size=None if model.shard.is_first else model.config.shape.hidden_size,
+            dtype=model.dtype,
+            device=model.device,
+        )
+
+    @torch.inference_mode()
+    def rehearse(self, num_tokens: int) -> None:
+        """Compute a step of so many prompt tokens, and sample as many rows as are ever sampled at once.
+
+        Nothing of it stays: all its keys go to the first block, which nobody has yet.
+        """
+        model, device = self.model, self.model.device
+        longest = min(num_tokens, self._max_model_len)
+        num_rows = -(-num_tokens // longest)
+        starts = torch.arange(num_rows + 1, dtype=torch.int32, device=device) * longest
+        rows = StepRows(
+            torch.zeros(num_rows, dtype=torch.int32, device=device),
+            torch.zeros(num_rows, dtype=torch.int32, device=device),
+            starts.clamp(max=num_tokens),
+            torch.zeros(num_tokens, dtype=torch.int32, device=device),
+            num_decodes=0,
+            num_tokens=num_tokens,
+            max_query_len=longest,
+            table_width=self._table.width,
+        )
+        hidden_TD = None
+        if not model.shard.is_first:
+            hidden_TD = torch.zeros(num_tokens, model.config.shape.hidden_size, dtype=model.dtype, device=device)
+        x_TD = self._compute(rows, hidden_TD, max_kv_len=longest)
+        if self._sampler is not None:
+            num_sampled = min(self._max_num_seqs, num_tokens, MAX_SAMPLED)
+            slots_R = torch.full((num_sampled,), self._table.padding_slot, device=device)
+            self._sampler.choose_plain(model.logits(x_TD[:num_sampled]), slots_R)
 
     @torch.inference_mode()
     def run(self, step: Step) -> None:
         """Compute this rank's part of a step."""
-        inputs = self._table.inputs(step)
+        work = self._table.take(step)
         self._admit(step)
-        x_TD = self._first(step, inputs) if self._model.shard.is_first else self._received(inputs.num_tokens)
+        hidden_TD = None
+        if self.model.shard.is_first:
+            self._feed_in(step)
+        else:
+            hidden_TD = self._received(work.rows.num_tokens)
         start = self._stamp()
-        x_TD = self._model(x_TD, inputs.batch, self._caches)
+        if self._graphs is not None and work.only_decodes and work.rows.num_decodes <= self._graphs.largest:
+            x_TD = self._graphs.replay(work.rows.slots_S, hidden_TD)
+        else:
+            x_TD = self._compute(work.rows, hidden_TD, max_kv_len=work.max_kv_len)
         if self._sampler is None:
             end = self._stamp()
             assert self._neighbours.after is not None
-            self._neighbours.after.send(x_TD)
+            self._neighbours.after.send(x_TD.clone() if self._graphs is not None else x_TD)
             self._tell_time(step.plan, start, end)
         else:
-            done = self._sample(step, inputs, x_TD, self._sampler)
+            make = self._sample(step, work, x_TD, self._sampler)
             self._tell_time(step.plan, start, self._stamp())
-            self._tell(done)
-        if self._model.shard.is_first and inputs.sampled_slots and self._neighbours.tokens is not None:
-            self._awaited.append(_Awaited(step.plan, inputs.sampled_slots))
+            if self._report is not None:
+                self._report(make)
+        if self.model.shard.is_first and work.sampled_slots and self._neighbours.tokens is not None:
+            self._awaited.append(_Awaited(step.plan, work.sampled_slots_R))
+
+    def _compute(self, rows: StepRows, hidden_TD: Tensor | None, *, max_kv_len: int) -> Tensor:
+        """Lay out the step, embed its tokens if nobody has, and run the layers."""
+        inputs = lay_out(self._table.state, rows, block_size=self._block_size)
+        plan = None
+        if rows.num_decodes and self.model.device.type == "cuda":
+            shape, tp_size = self.model.config.shape, self.model.shard.tp_size
+            plan = plan_decode(
+                inputs.kv_lens_S[: rows.num_decodes],
+                num_heads=shape.num_heads // tp_size,
+                num_kv_heads=shape.kv_heads_on(tp_size),
+                head_dim=shape.head_dim,
+                dtype=self.model.dtype,
+            )
+        batch = AttentionBatch(
+            positions_T=inputs.positions_T,
+            slot_mapping_T=inputs.slot_mapping_T,
+            query_starts=rows.query_starts,
+            kv_lens_S=inputs.kv_lens_S,
+            block_tables_SB=inputs.block_tables_SB,
+            num_decodes=rows.num_decodes,
+            max_query_len=rows.max_query_len,
+            max_kv_len=max_kv_len,
+            decode_plan=plan,
+            backend=self._backend,
+        )
+        if hidden_TD is None:
+            hidden_TD = self.model.embed(inputs.token_ids_T)
+        x_TD: Tensor = self.model(hidden_TD, batch, self.caches)
+        return x_TD
 
     def _admit(self, step: Step) -> None:
-        if self._sampler is None:
+        if self._sampler is None or not step.admissions:
             return
+        self._sampler.add_all(step.admissions)
         for new in step.admissions:
-            prompt, outputs = new.token_ids[: new.num_prompt_tokens], new.token_ids[new.num_prompt_tokens :]
-            self._sampler.add(new.slot, new.params, new.seed, prompt, outputs, new.stop_token_ids)
             self._prompt_logprobs.pop(new.slot, None)
-            if new.params.prompt_logprobs is not None and not outputs:
+            if new.params.prompt_logprobs is not None and len(new.token_ids) == new.num_prompt_tokens:
                 self._prompt_logprobs[new.slot] = new.params.prompt_logprobs
 
-    def _first(self, step: Step, inputs: Inputs) -> torch.Tensor:
-        """Embed the step's tokens, the newest ones of its decodes included."""
+    def _feed_in(self, step: Step) -> None:
+        """Take the tokens that this step's decodes need from the last stage."""
         # Beyond the pipeline's length they are surely sent, though nobody may ever feed them in: let none pile up.
         newest = max(step.depends_on, step.plan - self._max_in_flight)
         while self._awaited and self._awaited[0].plan <= newest:
-            self._take_tokens(self._awaited.popleft().slots)
-        if inputs.decode_slots.size:
-            slots = torch.from_numpy(inputs.decode_slots.astype(np.int64)).to(self._model.device)
-            inputs.token_ids_T[: slots.numel()] = self._last_tokens[slots]
-        return self._model.embed(inputs.token_ids_T)
+            slots_R = self._awaited.popleft().slots_R
+            # In the order of plans: a slot that another sequence took since gets that one's tokens later.
+            assert self._neighbours.tokens is not None
+            self._table.state.last_tokens_N[slots_R] = self._neighbours.tokens.receive(torch.empty_like(slots_R))
 
-    def _take_tokens(self, slots: list[int]) -> None:
-        """In the order of plans: a slot that another sequence took since gets that one's tokens later."""
-        assert self._neighbours.tokens is not None
-        tokens = torch.empty(len(slots), dtype=torch.int64, device=self._model.device)
-        self._last_tokens[slots] = self._neighbours.tokens.receive(tokens)
-
-    def _received(self, num_tokens: int) -> torch.Tensor:
+    def _received(self, num_tokens: int) -> Tensor:
         assert self._neighbours.before is not None
-        size = num_tokens, self._model.config.shape.hidden_size
-        return self._neighbours.before.receive(torch.empty(size, dtype=self._model.dtype, device=self._model.device))
+        size = num_tokens, self.model.config.shape.hidden_size
+        return self._neighbours.before.receive(torch.empty(size, dtype=self.model.dtype, device=self.model.device))
 
-    def _sample(self, step: Step, inputs: Inputs, x_TD: torch.Tensor, sampler: Sampler) -> StepDone:
-        told = self._tell_prompts(step, inputs, x_TD, sampler)
-        if not inputs.sampled_slots:
-            return StepDone(step.plan, b"", None, told)
-        slots = inputs.sampled_slots
-        x_RD = x_TD[inputs.sampled_rows_R]
+    def _sample(self, step: Step, work: Work, x_TD: Tensor, sampler: Sampler) -> Callable[[], StepDone]:
+        """Choose tokens and send them to where they are fed in; what is returned waits for them."""
+        told = self._tell_prompts(step, x_TD, sampler)
+        slots = work.sampled_slots
+        if not slots:
+            return lambda: StepDone(step.plan, b"", None, told)
+        x_RD = x_TD if work.sampled_rows_R is None else x_TD[work.sampled_rows_R]
         # In parts, so that the logits of a large batch never exist all at once.
         parts = [
-            sampler(self._model.logits(x_RD[part]), slots[part], torch.tensor(slots[part], device=self._model.device))
-            for part in _parts(len(slots))
+            self._choose(sampler, x_RD[part], slots[part], work.sampled_slots_R[part]) for part in _parts(len(slots))
         ]
-        tokens = torch.cat([part.tokens_S for part in parts]).to(torch.int64)
+        tokens_R = parts[0].tokens_S if len(parts) == 1 else torch.cat([part.tokens_S for part in parts])
         if self._neighbours.tokens is None:
-            self._last_tokens[slots] = tokens
+            self._table.state.last_tokens_N[work.sampled_slots_R] = tokens_R
         else:
-            self._neighbours.tokens.send(tokens)
-        # The only wait of a step: for the tokens themselves.
-        return StepDone(step.plan, tokens.to(torch.int32).cpu().numpy().tobytes(), _logprobs(parts), told)
+            self._neighbours.tokens.send(tokens_R)
+        arrived = _Arrival(tokens_R)
+        return lambda: StepDone(step.plan, arrived.wait(), _logprobs(parts), told)
 
-    def _tell_prompts(
-        self, step: Step, inputs: Inputs, x_TD: torch.Tensor, sampler: Sampler
-    ) -> list[tuple[int, list[Logprobs]]] | None:
+    def _choose(self, sampler: Sampler, x_RD: Tensor, slots: list[int], slots_R: Tensor) -> Sampled:
+        logits_RV = self.model.logits(x_RD)
+        if sampler.is_plain(slots):
+            return Sampled(sampler.choose_plain(logits_RV, slots_R))
+        return sampler(logits_RV, slots, slots_R)
+
+    def _tell_prompts(self, step: Step, x_TD: Tensor, sampler: Sampler) -> list[tuple[int, list[Logprobs]]] | None:
         """How likely the prompt's own tokens were, for those who asked."""
         if not self._prompt_logprobs:
             return None
         told = []
-        at = len(inputs.decode_slots)
+        at = step.num_decodes
         for number, chunk in enumerate(step.chunks):
             wanted = self._prompt_logprobs.get(chunk.slot)
             following = self._table.prompt(chunk.slot)[chunk.start + 1 : chunk.start + chunk.num_tokens + 1]
             if wanted is not None and following.size:
-                next_ids = torch.from_numpy(following.copy()).to(self._model.device)
+                next_ids = torch.from_numpy(following.copy()).long().to(self.model.device)
                 x_RD = x_TD[at : at + following.size]
                 entries: list[Logprobs] = []
                 for part in _parts(following.size):
-                    entries += sampler.prompt_logprobs(self._model.logits(x_RD[part]), next_ids[part], wanted)
+                    entries += sampler.prompt_logprobs(self.model.logits(x_RD[part]), next_ids[part], wanted)
                 told.append((number, entries))
             at += chunk.num_tokens
         return told
-
-    def _tell(self, report: Report) -> None:
-        if self._report is not None:
-            self._report(report)
 
     def _stamp(self) -> Stamp:
         return 0 if self._clock is None else self._clock.stamp()
 
     def _tell_time(self, plan: int, start: Stamp, end: Stamp) -> None:
-        if self._clock is not None:
-            self._tell(StageTime(plan, self._stage, self._clock.read_ns(start), self._clock.read_ns(end)))
+        clock = self._clock
+        if clock is not None and self._report is not None:
+            self._report(lambda: StageTime(plan, self._stage, clock.read_ns(start), clock.read_ns(end)))
+
+
+class _Arrival:
+    """Tokens on their way to the host: the only thing of a step that anyone waits for."""
+
+    def __init__(self, tokens_R: Tensor) -> None:
+        self._tokens = tokens_R.to(torch.int32)
+        self._event: torch.cuda.Event | None = None
+        if tokens_R.is_cuda:
+            on_host = torch.empty(tokens_R.shape, dtype=torch.int32, pin_memory=True)
+            self._tokens = on_host.copy_(self._tokens, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def wait(self) -> bytes:
+        """The tokens, packed."""
+        if self._event is not None:
+            self._event.synchronize()
+        packed: bytes = self._tokens.numpy().tobytes()
+        return packed
 
 
 def _parts(num_rows: int) -> list[slice]:

@@ -16,6 +16,7 @@ import msgspec
 import torch
 import torch.distributed as dist
 import zmq
+from gllm_kernels.paged_attention import choose_backend
 
 from gllm.policy import parse_policy
 from gllm.runtime.channels import watch_connection, worker_socket
@@ -34,7 +35,8 @@ from gllm.runtime.messages import (
 from gllm.runtime.models import MODELS
 from gllm.runtime.weights import fill_with_dummy_weights, load_weights
 from gllm.runtime.worker.groups import connect
-from gllm.runtime.worker.memory import check_weights, room_for_blocks
+from gllm.runtime.worker.memory import check_weights, measure_peak, room_for_blocks
+from gllm.runtime.worker.outbox import Outbox
 from gllm.runtime.worker.stage import Stage
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
     from gllm.runtime.model_config import ModelConfig
 
     Tell = Callable[[Report], None]
+    Later = Callable[[Callable[[], Report]], None]
 
 
 _LOOK_S = 0.2
@@ -73,16 +76,37 @@ def work(config: RuntimeConfig, address: str) -> None:
 
     is_loaded = False
     try:
-        worker = Worker(config, rank, device, report)
+        worker = Worker(config, rank, device, report, _later(rank, device, address, report))
         is_loaded = True
         worker.run(lambda: decode_order(line.recv()))
         is_over.set()
     except Exception as error:  # noqa: BLE001 - whatever it is, the engine must hear of it
-        if os.environ.get("GLLM_TRACEBACK"):
-            traceback.print_exception(error)
-        report(WorkerFailed(rank, *_explain(rank, error, is_loaded=is_loaded)))
-        time.sleep(_MOURNING_S)
+        _mourn(rank, error, report, is_loaded=is_loaded)
         sys.exit(1)
+
+
+def _later(rank: int, device: torch.device, address: str, report: Tell) -> Later:
+    """How reports of steps are made: on a GPU by a thread that may wait for it, over a line of its own."""
+    if device.type == "cpu":
+        return lambda make: report(make())
+    line = worker_socket(zmq.Context.instance(), address, b"%d.steps" % rank)
+
+    def send(report: Report) -> None:
+        line.send(encode(report))
+
+    def fail(error: Exception) -> None:
+        _mourn(rank, error, send, is_loaded=True)
+        os._exit(1)
+
+    return Outbox(send, fail).put
+
+
+def _mourn(rank: int, error: Exception, report: Tell, *, is_loaded: bool) -> None:
+    """Say what went wrong, and leave others the time to say it first."""
+    if os.environ.get("GLLM_TRACEBACK"):
+        traceback.print_exception(error)
+    report(WorkerFailed(rank, *_explain(rank, error, is_loaded=is_loaded)))
+    time.sleep(_MOURNING_S)
 
 
 def _agree(address: str, config: RuntimeConfig) -> tuple[str, RuntimeConfig]:
@@ -141,12 +165,19 @@ def _end_with_parent() -> None:
 class Worker:
     """A rank's part of the model. It follows orders.
 
+    Args:
+        config: of the whole engine.
+        rank: which part this is.
+        device: where it computes.
+        report: tells the engine something now.
+        later: takes what makes a report of a step, to be called when the device may be waited for.
+
     Raises:
         ValueError: The model cannot be loaded; the message says why.
     """
 
-    def __init__(self, config: RuntimeConfig, rank: int, device: torch.device, report: Tell) -> None:
-        self._config, self._rank, self._report = config, rank, report
+    def __init__(self, config: RuntimeConfig, rank: int, device: torch.device, report: Tell, later: Later) -> None:
+        self._config, self._rank, self._report, self._later = config, rank, report, later
         self._stage: Stage | None = None
         self._told = time.monotonic()
         model = config.check()
@@ -155,9 +186,16 @@ class Worker:
         if device.type == "cpu":
             torch.set_num_threads(num_threads(model, config.num_local_workers))
         shard, self._neighbours = connect(
-            config.parallel, model.shape.num_layers, rank, device, self._limits.max_in_flight
+            config.parallel, model.shape, rank, device, self._limits.max_in_flight
         )
         dtype = choose_dtype(config, model, device)
+        self._backend = choose_backend(
+            config.attention_backend,
+            device=device,
+            dtype=dtype,
+            head_dim=model.shape.head_dim,
+            block_size=config.block_size,
+        )
         check_weights(model.shape, shard, config, dtype.itemsize, device)
         self._model = MODELS[model.architecture](model, shard, dtype, device)
         if config.load_format == "dummy":
@@ -165,9 +203,18 @@ class Worker:
         else:
             load_weights(self._model, Path(config.model), progress=self._tell_loading)
         self._model.eval()
-        max_batch_tokens = parse_policy(config.policy).max_batch_tokens(self._limits)
-        num_blocks = room_for_blocks(model.shape, shard, config, self._limits, max_batch_tokens, dtype, device)
+        num_blocks = room_for_blocks(
+            model.shape, shard, config, self._limits, dtype=dtype, device=device, peak_bytes=self._peak_bytes(device)
+        )
         report(WorkerReady(rank, num_blocks, describe(device)))
+
+    def _peak_bytes(self, device: torch.device) -> int:
+        """What the largest step takes on a GPU; computing it also compiles its kernels."""
+        if device.type == "cpu":
+            return 0
+        num_tokens = parse_policy(self._config.policy).max_batch_tokens(self._limits)
+        stage = self._make_stage(num_blocks=1)
+        return measure_peak(lambda: stage.rehearse(num_tokens), device)
 
     def _tell_loading(self, num_read: int, num_tensors: int) -> None:
         if time.monotonic() - self._told > _LOADING_S:
@@ -187,16 +234,22 @@ class Worker:
                 return
 
     def _allocate(self, num_blocks: int) -> None:
+        self._stage = self._make_stage(num_blocks)
+        if self._model.device.type == "cuda" and self._config.cuda_graphs:
+            self._stage.capture()
+        self._report(Allocated(self._rank))
+
+    def _make_stage(self, num_blocks: int) -> Stage:
         stage, tp_rank = divmod(self._rank, self._config.parallel.tp)
-        self._stage = Stage(
+        return Stage(
             self._model,
             self._neighbours,
             stage=stage,
             limits=replace(self._limits, num_blocks=num_blocks),
+            backend=self._backend,
+            report=self._later if tp_rank == 0 else None,
             keeps_time=self._config.record is not None,
-            report=self._report if tp_rank == 0 else None,
         )
-        self._report(Allocated(self._rank))
 
 
 def num_threads(model: ModelConfig, num_workers: int) -> int:
