@@ -19,28 +19,15 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
+from gpu import REPETITIONS, gpu_seconds, require_gpu
+from record import RESULTS, slug, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-REPETITIONS = 20
 COPY_BYTES = 8 << 30
 PRODUCT_SIZE = 8192
 NUM_LAUNCHES = 1000
-
-
-def gpu_seconds(work: Callable[[], object]) -> float:
-    """Median device time of `work`."""
-    times = []
-    for number in range(REPETITIONS + 3):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        work()
-        end.record()
-        end.synchronize()
-        if number >= 3:
-            times.append(start.elapsed_time(end) / 1000)
-    return median(times)
 
 
 def copy_bytes_per_s() -> float:
@@ -108,14 +95,12 @@ def measure() -> dict[str, Any]:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), metavar="FOLDER")
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     folder = parser.parse_args().out
+    require_gpu()
     result = measure()
-    text = json.dumps(result, indent=1)
-    print(text)
-    name = result["gpu"].lower().replace(" ", "-")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"ceilings_{name}.json").write_text(text + "\n")
+    print(json.dumps(result, indent=1))
+    write_json(folder / f"{slug('ceilings', result['gpu'])}.json", result)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
-"""What the benchmarks share: the workload, a yardstick for the machine, and where results go."""
+"""What the simulator's benchmarks share: the workload, a yardstick for the machine, and where results go."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import shlex
 import subprocess
-import sys
 import time
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import record
 import simpy
+from record import RESULTS, ROOT
 
 from gllm.core import engine
 from gllm.trace import load_trace
@@ -24,8 +21,6 @@ if TYPE_CHECKING:
 
     from gllm.trace import Trace
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
 PUBLIC_TRACE = Path(os.environ.get("GLLM_TRACES", ROOT.parent / "shared" / "traces"), "azure2023_conv.csv.gz")
 SAMPLE_TRACE = "chat"
 
@@ -73,23 +68,10 @@ def calibrate(count: int = 200_000) -> dict[str, float]:
     return {"python_steps_per_s": count / min(python_s), "simpy_timeouts_per_s": count / min(simpy_s)}
 
 
-def machine() -> dict[str, Any]:
-    """Hardware and versions."""
-    versions = {"python": platform.python_version()}
-    for package in ("gllm", "simpy", "numpy", "pandas"):
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return {
-        "cpu": _cpu_model(),
-        "num_cores": os.cpu_count(),
-        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-        "system": f"{platform.system()} {platform.machine()}",
-        "versions": versions,
-        "commit": _commit(),
-        "build": build(),
-    }
+def describe_run() -> dict[str, Any]:
+    """Date, command and machine: the head of every result."""
+    described = record.describe_run(("gllm", "simpy", "numpy", "pandas"))
+    return {**described, "machine": {**described["machine"], "build": build()}}
 
 
 def build() -> str:
@@ -97,46 +79,10 @@ def build() -> str:
     return "plain" if engine.__file__.endswith(".py") else "compiled"
 
 
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or "unknown"
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _commit() -> str | None:
-    """The commit measured; "-dirty" if the tree differs from it in more than these results."""
-    try:
-        commit = _git("describe", "--always")
-        changed = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!README.md")
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return f"{commit}-dirty" if changed else commit
-
-
-def _git(*words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)  # noqa: S603, S607
-    return done.stdout.strip()
-
-
 def run_json(command: Sequence[str], **options: Any) -> Any:  # noqa: ANN401 - any JSON value
     """Run a command; its last line on standard output is JSON."""
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, **options)  # noqa: S603
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def describe_run() -> dict[str, Any]:
-    """Date, command and machine: the head of every result."""
-    command = shlex.join(["python", *(_without_folders(word) for word in sys.argv)])
-    return {"date": datetime.now(UTC).isoformat(timespec="seconds"), "command": command, "machine": machine()}
-
-
-def _without_folders(word: str) -> str:
-    path = Path(word)
-    if not path.is_absolute():
-        return word
-    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
 
 
 def write_results(name: str, result: Mapping[str, Any], title: str, body: Iterable[str]) -> None:
@@ -157,9 +103,3 @@ def _head(result: Mapping[str, Any]) -> list[str]:
         f"- {host['cpu']}, {host['num_cores']} cores, {host['memory_gib']} GiB; {versions}; {host['build']} build",
         f"- `{result['command']}`",
     ]
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    """A Markdown table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(map(str, line)) + " |" for line in lines]

@@ -29,9 +29,9 @@ from common import (
     pick_trace,
     read_workload,
     run_json,
-    table,
     write_results,
 )
+from record import table
 
 from gllm.parallel import Parallel
 from gllm.report.metrics import summarize

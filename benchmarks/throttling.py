@@ -14,7 +14,8 @@ import subprocess
 import sys
 from typing import Any
 
-from common import ROOT, describe_run, pick_trace, table, write_results
+from common import describe_run, pick_trace, write_results
+from record import ROOT, table
 
 POLICIES = {
     "throttle": "WT + UT, decodes split",

@@ -28,9 +28,9 @@ from common import (
     pick_trace,
     read_workload,
     run_json,
-    table,
     write_results,
 )
+from record import table
 from sim_speed import Case, measure_apart
 
 if TYPE_CHECKING:
