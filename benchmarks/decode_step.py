@@ -48,7 +48,7 @@ KINDS = (  # the first that a kernel's name holds
     ("norm, rotary, cache", ("norm",)),
     ("activation", ("silu",)),
     ("experts", ("expert", "moe", "route", "grouped")),
-    ("sampling", ("draw", "_choose", "argmax")),
+    ("sampling", ("_best_of", "argmax")),
     ("matrix products", ("gemm", "gemv", "cutlass", "nvjet", "splitK", "cublas", "matmul")),
 )
 
@@ -99,7 +99,7 @@ class Batch:
         tokens = [7] * self._length
         admissions = [Admission(slot, tokens, self._length, params, slot, []) for slot in range(self._size)]
         num = -(-self._length // BLOCK_SIZE)
-        chunks = [ChunkWork(slot, self._length - 1, 1, True, self._blocks(num)) for slot in range(self._size)]
+        chunks = [ChunkWork(slot, self._length - 1, 1, final=True, blocks=self._blocks(num)) for slot in range(self._size)]
         return Step(0, admissions, chunks, 0, b"", [], -1)
 
     def step(self) -> Step:
@@ -192,7 +192,7 @@ def draw(result: dict[str, Any], timelines: dict[int, list[Span]], path: Path) -
     kinds = [*(kind for kind, _ in KINDS), "other", "gaps"]
     colours = dict(zip(kinds, plt.get_cmap("tab10").colors, strict=False))
     figure, axes = plt.subplots(1 + len(timelines), 1, figsize=(11, 2.2 * (1 + len(timelines))), layout="constrained")
-    names = [f"{each['batch']} × {each['context']}" for each in result["steps"]]
+    names = [f"{each['batch']} x {each['context']}" for each in result["steps"]]
     left = [0.0] * len(names)
     for kind in kinds:
         widths = [100 * each["us_by_kind"][kind] / sum(each["us_by_kind"].values()) for each in result["steps"]]

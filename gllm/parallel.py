@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from gllm.model_shape import ModelShape
 
-# The decode step for which pipelines are balanced, of one micro-batch.
-BALANCED_SEQUENCES = 64
+# The step for which pipelines are balanced: a busy pipeline's micro-batches hold chunks of prompts, too.
+BALANCED_SEQUENCES = 64  # that decode, and pass the head
 BALANCED_CONTEXT = 512  # cached tokens of each
+BALANCED_TOKENS = 512  # of the whole step
+TOKENS_PER_READ = 184
+"""Tokens whose products with a weight take as long as reading it: 790 TFLOP/s over 4.3 TB/s, in bfloat16 (H200)."""
 
 
 class Stage(NamedTuple):
@@ -38,9 +41,10 @@ class Parallel:
     the heads are repeated, so that each rank holds one.
 
     Layers are dealt so that the slowest stage is as fast as can be, then the second slowest, and so on; the last
-    stage also holds the head. Among equals the first stages have more. A stage costs what it reads in a decode step
-    of BALANCED_SEQUENCES sequences: the weights of its layers, of experts those that some sequence is expected to
-    visit, the cache, and the head's weights. The embedding is only looked up in. `pp_layers` overrides that.
+    stage also holds the head. Among equals the first stages have more. A stage's cost is a mixed step's: it reads its
+    layers' weights (of experts those that some token is expected to visit) or, where that takes longer, computes
+    with them, and it reads the cache; the head is for BALANCED_SEQUENCES tokens alone. The embedding is only looked
+    up in. `pp_layers` overrides that.
     """
 
     pp: int = 1
@@ -105,22 +109,25 @@ class Parallel:
         """Number of layers of each stage."""
         if self.pp_layers is not None:
             return self.pp_layers
-        experts, dense = frozenset(shape.moe_layers), self._elements_read(shape, is_moe=False)
-        moe = self._elements_read(shape, is_moe=True) if experts else 0
+        experts, dense = frozenset(shape.moe_layers), self._layer_cost(shape, is_moe=False)
+        moe = self._layer_cost(shape, is_moe=True) if experts else 0
         costs = tuple(moe if layer in experts else dense for layer in range(shape.num_layers))
         return _balanced(costs, shape.embedding_params, self.pp)
 
-    def _elements_read(self, shape: ModelShape, *, is_moe: bool) -> int:
-        """Weights and cached numbers that one layer reads in the decode step to balance for, on all ranks together."""
-        mlp = shape.dense_mlp_params
+    def _layer_cost(self, shape: ModelShape, *, is_moe: bool) -> int:
+        """What one layer costs in the step to balance for, on all ranks together: numbers read, or as long as that."""
+        always = shape.attention_params + shape.norm_params
         if is_moe:
-            # An expert is missed by all sequences with the chance (1 - k/E)^S.
+            # An expert is missed by all tokens with the chance (1 - k/E)^T.
             total, missing = shape.num_experts, shape.num_experts - shape.num_experts_per_token
-            visited = total**BALANCED_SEQUENCES - missing**BALANCED_SEQUENCES
-            experts = total * shape.expert_params * visited // total**BALANCED_SEQUENCES
-            mlp = experts + shape.shared_expert_params + shape.router_params
+            visited: int = total**BALANCED_TOKENS - missing**BALANCED_TOKENS
+            always += shape.shared_expert_params + shape.router_params
+            read = always + total * shape.expert_params * visited // total**BALANCED_TOKENS
+            computed = always + shape.num_experts_per_token * shape.expert_params
+        else:
+            read = computed = always + shape.dense_mlp_params
         cached = 2 * self.kv_heads_per_rank(shape) * self.tp * shape.head_dim * BALANCED_CONTEXT * BALANCED_SEQUENCES
-        return shape.attention_params + shape.norm_params + mlp + cached
+        return max(read, computed * BALANCED_TOKENS // TOKENS_PER_READ) + cached
 
     def layers_of_stage(self, shape: ModelShape, stage: int) -> range:
         """Indices of the layers of one stage."""

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gllm_kernels.dependent_launch import launches_early, wait_for_previous
 from gllm_kernels.jit import next_power_of_2, runs_triton, tl, triton
 from gllm_kernels.rms_norm import rms_norm_reference
 
@@ -133,7 +132,6 @@ def norm_rotate_cache_triton(
     num_heads, num_pairs = qkv_TC.shape[1] // head_dim - 2 * num_kv_heads, cos_TR.shape[1]
     tile = heads_per_program or (FEW_HEADS if num_tokens <= FEW_TOKENS else MANY_HEADS)
     q_THE = qkv_TC.new_empty((num_tokens, num_heads, head_dim))
-    pdl = launches_early(qkv_TC)
     _norm_rotate_cache_kernel[(num_tokens, -(-num_heads // tile) - (-num_kv_heads // tile))](
         qkv_TC,
         q_weight_E,
@@ -154,9 +152,7 @@ def norm_rotate_cache_triton(
         BLOCK_REST=next_power_of_2(head_dim - 2 * num_pairs),
         BLOCK_DIM=next_power_of_2(head_dim),
         INTERLEAVED=interleaved,
-        PDL=pdl,
         num_warps=min(max(tile * next_power_of_2(head_dim) // (32 * elements_per_thread), 1), 8),
-        launch_pdl=pdl,
     )
     return q_THE
 
@@ -216,10 +212,8 @@ def _norm_rotate_cache_kernel(
     BLOCK_REST: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """A program takes up to TILE heads of a token: of its queries, or keys together with their values."""
-    wait_for_previous(PDL)
     token = tl.program_id(0).to(tl.int64)
     num_query_tiles: tl.constexpr = (NUM_HEADS + TILE - 1) // TILE
     qkv_at = qkv_TC + token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)

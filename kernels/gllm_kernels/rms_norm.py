@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gllm_kernels.dependent_launch import launches_early, wait_for_previous
 from gllm_kernels.jit import next_power_of_2, runs_triton, tl, triton
 
 if TYPE_CHECKING:
@@ -108,7 +107,6 @@ def _launch(
     num_rows, block = x_D.numel() // size, next_power_of_2(size)
     # Heads are short: several to a program. Hidden states are long, and a step may have one alone: a program each.
     rows = TILE_SIZE // block if block <= 256 else 1
-    pdl = launches_early(x_D)
     _rms_norm_kernel[(-(-num_rows // rows),)](
         x_D,
         residual_D,
@@ -120,9 +118,7 @@ def _launch(
         SIZE=size,
         BLOCK=block,
         ROWS=rows,
-        PDL=pdl,
         num_warps=min(max(rows * block // (32 * elements_per_thread), 1), 16),
-        launch_pdl=pdl,
     )
 
 
@@ -138,10 +134,8 @@ def _rms_norm_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
-    PDL: tl.constexpr,
 ):
     """A program norms ROWS whole rows; without a residual there is no sum either."""
-    wait_for_previous(PDL)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)[None, :]
     held = (rows < num_rows)[:, None] & (columns < SIZE)

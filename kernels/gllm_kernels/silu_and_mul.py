@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from torch.nn import functional
 
-from gllm_kernels.dependent_launch import launches_early, wait_for_previous
 from gllm_kernels.jit import runs_triton, tl, triton
 
 if TYPE_CHECKING:
@@ -53,23 +52,19 @@ def silu_and_mul_triton(
         most = SMALL_BLOCK if num_elements <= FEW_ELEMENTS else LARGE_BLOCK
         block = min(most, max(width & -width, SMALL_BLOCK))
     num_blocks = -(-width // block)
-    pdl = launches_early(gate_up_2I)
     _silu_and_mul_kernel[(num_elements // width * num_blocks,)](
         gate_up_2I,
         out_I,
         WIDTH=width,
         BLOCK=block,
-        PDL=pdl,
         num_warps=max(block // (32 * elements_per_thread), 1),
-        launch_pdl=pdl,
     )
     return out_I
 
 
 @triton.jit
-def _silu_and_mul_kernel(gate_up_M2I, out_MI, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _silu_and_mul_kernel(gate_up_M2I, out_MI, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """A program writes BLOCK columns of a row; neighbouring programs the neighbouring columns."""
-    wait_for_previous(PDL)
     num_blocks: tl.constexpr = (WIDTH + BLOCK - 1) // BLOCK
     row = (tl.program_id(0) // num_blocks).to(tl.int64)
     columns = tl.program_id(0) % num_blocks * BLOCK + tl.arange(0, BLOCK)

@@ -53,7 +53,12 @@ def expected(before, slots, chunks, tokens):
             place = tables[slot][position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
             made.append((0, 0, -1) if slot == padding else (token, position, place))
     lens = [0 if slot == padding else start + count for slot, start, count, _ in todo]
-    return made, lens, [tables[slot] for slot, *_ in todo], {slot: end for (slot, *_), end in zip(todo, lens, strict=True)}
+    return (
+        made,
+        lens,
+        [tables[slot] for slot, *_ in todo],
+        {slot: end for (slot, *_), end in zip(todo, lens, strict=True)},
+    )
 
 
 @pytest.mark.parametrize("run", [lay_out_triton, lay_out_reference])

@@ -60,6 +60,35 @@ def test_answers_are_those_of_the_cpu(layout, on_the_cpu):
     assert same == len(found)
 
 
+@pytest.mark.parametrize("options", [{"attention_backend": "torch"}, {"cuda_graphs": False}], ids=str)
+def test_kernels_and_graphs_change_no_answer(options, on_the_cpu):
+    found = answers(GREEDY, device="cuda", **options)
+    note(f"greedy {options}", same=sum(a == b for a, b in zip(found, on_the_cpu, strict=True)), of=len(found))
+    assert found == on_the_cpu
+
+
+@pytest.mark.parametrize("backend", ["triton", "flash"])
+def test_bfloat16_stays_close_to_float32(backend):
+    """Log-probabilities of the cases' own texts, beside those of the CPU in float32."""
+    if backend == "flash":
+        pytest.importorskip("flash_attn")
+    told = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    texts = [case.messages[-1]["content"] for case in held_out_cases(24, 1)]
+
+    def logprobs(**options):
+        with LLM(max_num_seqs=8, **options) as llm:
+            found = llm.generate(texts, told, use_tqdm=False)
+        return torch.tensor(
+            [entry.logprob for output in found for place in output.prompt_logprobs[1:] for entry in place.values()]
+        )
+
+    exact = logprobs(device="cpu", dtype="float32")
+    close = logprobs(device="cuda", dtype="bfloat16", attention_backend=backend)
+    error = ((close - exact).norm() / exact.norm()).item()
+    note(f"bfloat16 {backend}", relative_error=round(error, 5), of=len(exact))
+    assert error < 0.01
+
+
 def test_drawn_tokens_depend_on_the_seed_alone():
     first, second = answers(DRAWN, device="cuda"), answers(DRAWN, device="cuda", policy="sarathi:token_budget=64")
     assert first == second

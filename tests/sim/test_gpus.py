@@ -57,11 +57,11 @@ def test_where_the_head_is_small_layers_are_dealt_evenly_and_the_first_stages_ta
 @pytest.mark.parametrize(
     ("name", "pp", "counts"),
     [
-        ("qwen3-32b", 4, (17, 16, 16, 15)),
-        ("qwen3-8b", 4, (10, 10, 9, 7)),
+        ("qwen3-32b", 4, (16, 16, 16, 16)),
+        ("qwen3-8b", 4, (10, 9, 9, 8)),
         ("qwen3-0.6b", 4, (8, 7, 7, 6)),
         ("qwen3-30b-a3b", 4, (12, 12, 12, 12)),
-        ("qwen2.5-3b", 8, (5, 5, 5, 5, 5, 5, 5, 1)),
+        ("qwen2.5-3b", 8, (5, 5, 5, 5, 5, 4, 4, 3)),
         ("llama-3.2-1b", 16, (1,) * 16),
     ],
 )

@@ -1,4 +1,4 @@
-"""CUDA graphs of decode steps: hundreds of kernels for one launch.
+"""CUDA graphs of decode steps: hundreds of kernels for one launch, and on the last stage one more for its tokens.
 
 A graph replays the same kernels on the same memory, so there is one for each of some batch sizes; a batch in between
 is padded with rows of a slot that no sequence has, which read no keys and write nothing.
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     Compute = Callable[[Tensor, Tensor | None], Tensor]
+    Choose = Callable[[Tensor, Tensor], Tensor]
 
 MAX_ROWS = 512
 
@@ -32,15 +33,18 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 
 
 class _Captured(NamedTuple):
-    graph: torch.cuda.CUDAGraph
+    layers: torch.cuda.CUDAGraph
     out_SD: Tensor
+    head: torch.cuda.CUDAGraph | None
+    tokens_S: Tensor | None
 
 
 class DecodeGraphs:
-    """Graphs of `compute`, which takes slots [S] and, unless the stage is the first, hidden states [S, D].
+    """Graphs of one stage's part of a decode step, and of what follows the last one's layers.
 
     Args:
-        compute: one stage's part of a decode step; returns hidden states [S, D].
+        compute: takes slots [S] and, unless the stage is the first, hidden states [S, D]; returns hidden states.
+        choose: on the last stage, takes slots and those hidden states; returns tokens [S].
         sizes: batch sizes.
         padding_slot: the slot of rows that are not there.
         hidden_size: of the hidden states that come in; None on the first stage.
@@ -51,6 +55,7 @@ class DecodeGraphs:
     def __init__(
         self,
         compute: Compute,
+        choose: Choose | None,
         sizes: Iterable[int],
         *,
         padding_slot: int,
@@ -66,23 +71,34 @@ class DecodeGraphs:
         if hidden_size is not None:
             self._hidden = torch.zeros(largest, hidden_size, dtype=dtype, device=device)
         self._captured: dict[int, _Captured] = {}
-        self._capture(compute)
+        self._newest: _Captured | None = None
+        self._filled: Tensor | None = None
+        self._capture(compute, choose)
 
-    def _capture(self, compute: Compute) -> None:
+    def _capture(self, compute: Compute, choose: Choose | None) -> None:
         pool = torch.cuda.graph_pool_handle()
         gc.collect()
-        out: Tensor | None = None
-        for size in reversed(self._sizes):
-            slots = self._slots[:size]
-            hidden = None if self._hidden is None else self._hidden[:size]
-            warm = compute(slots, hidden)  # compiles kernels, makes handles and workspaces
-            if out is None:  # the largest comes first: the others' results are its first rows
-                out = torch.empty_like(warm)
+        # The largest comes first: the others' results are its first rows.
+        out_SD = torch.empty_like(compute(self._slots, self._hidden))
+        tokens_S = None if choose is None else torch.empty_like(choose(self._slots, out_SD))
+
+        def captured(work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+            work()  # compiles kernels, makes handles and workspaces
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                out[:size].copy_(compute(slots, hidden))
-            self._captured[size] = _Captured(graph, out[:size])
+                work()
+            return graph
+
+        for size in reversed(self._sizes):
+            slots, out = self._slots[:size], out_SD[:size]
+            hidden = None if self._hidden is None else self._hidden[:size]
+            layers = captured(lambda: out.copy_(compute(slots, hidden)))  # noqa: B023 - called at once
+            head = tokens = None
+            if choose is not None and tokens_S is not None:
+                tokens = tokens_S[:size]
+                head = captured(lambda: tokens.copy_(choose(slots, out)))  # noqa: B023
+            self._captured[size] = _Captured(layers, out, head, tokens)
 
     @property
     def largest(self) -> int:
@@ -93,12 +109,21 @@ class DecodeGraphs:
         """Compute a batch; what is returned is overwritten by the next one."""
         num = slots_S.numel()
         size = self._sizes[bisect.bisect_left(self._sizes, num)]
-        self._slots[:num].copy_(slots_S)
-        if size > num:
-            self._slots[num:size].fill_(self._padding_slot)
+        if slots_S is not self._filled:  # else they are those of the step before
+            self._filled = slots_S
+            self._slots[:num].copy_(slots_S)
+            self._slots[num:].fill_(self._padding_slot)
         if hidden_SD is not None:
             assert self._hidden is not None, "the first stage has no hidden states to take in"
             self._hidden[:num].copy_(hidden_SD)
-        captured = self._captured[size]
-        captured.graph.replay()
+        captured = self._newest = self._captured[size]
+        captured.layers.replay()
         return captured.out_SD[:num]
+
+    def choose(self, num: int) -> Tensor:
+        """Tokens of the batch just computed, which has `num` sequences; overwritten like it."""
+        assert self._newest is not None, "nothing was computed"
+        assert self._newest.head is not None, "only the last stage chooses tokens"
+        assert self._newest.tokens_S is not None
+        self._newest.head.replay()
+        return self._newest.tokens_S[:num]

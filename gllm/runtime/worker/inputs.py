@@ -9,7 +9,7 @@ Shapes: S sequences (decodes first, then chunks), R sampled rows, U new block ta
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -32,13 +32,17 @@ class Work:
     rows: StepRows
     sampled_slots: list[int]
     sampled_slots_R: torch.Tensor  # int64, the same on the device
-    sampled_rows_R: torch.Tensor | None  # int64: which of the step's tokens; None: all of them
+    sampled_rows_R: torch.Tensor | None  # int64: which of the step's tokens; None: it only decodes, and all are
     max_kv_len: int
 
-    @property
-    def only_decodes(self) -> bool:
-        """Whether every sequence has one token, and its answer goes on."""
-        return self.rows.num_decodes == self.rows.num_tokens
+
+class _Decoding(NamedTuple):
+    """Who decoded last: a decode group stays the same for many steps."""
+
+    packed: bytes
+    slots_S: torch.Tensor  # int32
+    slots_as_index_S: torch.Tensor  # int64
+    slots: list[int]
 
 
 class SlotTable:
@@ -52,6 +56,10 @@ class SlotTable:
         self._prompts: list[Ints] = [np.zeros(0, np.int32)] * num_slots
         self.padding_slot = num_slots
         self.width = -(-max_model_len // block_size)
+        # Graphs own only what is made while they are captured: what else they read must outlive them.
+        self._one_each = torch.arange(num_slots + 1, dtype=torch.int32, device=device)
+        nobody = self._one_each[:0]
+        self._decoding = _Decoding(b"", nobody, nobody.long(), [])
         self.state = SlotState(
             torch.zeros(num_slots + 1, self.width, dtype=torch.int32, device=device),
             torch.zeros(num_slots + 1, dtype=torch.int32, device=device),
@@ -64,6 +72,36 @@ class SlotTable:
 
     def take(self, step: Step) -> Work:
         """Take in a step's deltas, in one copy to the device."""
+        return self._take_mixed(step) if step.chunks else self._take_decodes(step)
+
+    def _take_decodes(self, step: Step) -> Work:
+        """A step without prompts: who decodes is sent only if it is not who did before."""
+        slots = np.frombuffer(step.decode_slots, np.int32)
+        self._lengths[slots] += 1
+        if step.grown:
+            set_blocks(self.state.block_tables_NW, self._send(self._new_entries(step))[0].view(-1, 3))
+        if step.decode_slots != self._decoding.packed:
+            (slots_S,) = self._send(slots)
+            self._decoding = _Decoding(step.decode_slots, slots_S, slots_S.long(), slots.tolist())
+        decoding, max_kv_len = self._decoding, int(self._lengths[slots].max())
+        rows = self.decode_rows(decoding.slots_S, table_width=-(-max_kv_len // self._block_size))
+        return Work(rows, decoding.slots, decoding.slots_as_index_S, None, max_kv_len)
+
+    def decode_rows(self, slots_S: torch.Tensor, *, table_width: int) -> StepRows:
+        """The rows of a step in which each of these slots (int32 on the device) has one token."""
+        num = slots_S.numel()
+        return StepRows(
+            slots_S,
+            slots_S,  # a decode has no start
+            self._one_each[: num + 1],
+            slots_S[:0],
+            num_decodes=num,
+            num_tokens=num,
+            max_query_len=1,
+            table_width=table_width,
+        )
+
+    def _take_mixed(self, step: Step) -> Work:
         for admission in step.admissions:
             self._num_blocks[admission.slot] = 0
             self._prompts[admission.slot] = np.array(admission.token_ids, np.int32)
@@ -106,7 +144,7 @@ class SlotTable:
             rows,
             sampled.tolist(),
             sampled_R.long(),
-            sampled_rows_R.long() if step.chunks else None,
+            sampled_rows_R.long(),
             max_kv_len,
         )
 
@@ -131,4 +169,4 @@ class SlotTable:
         packed = torch.from_numpy(np.concatenate(parts))
         if self._device.type == "cuda":
             packed = packed.pin_memory().to(self._device, non_blocking=True)
-        return packed.split([part.size for part in parts])
+        return torch.split(packed, [part.size for part in parts])

@@ -92,8 +92,6 @@ class Stage:
         self._sampler = Sampler(limits.max_num_seqs, model.config.shape.vocab_size, device) if shard.is_last else None
         self._prompt_logprobs: dict[int, int] = {}  # slot -> how many alternatives its prompt's tokens are told with
         self._graphs: DecodeGraphs | None = None
-        # Graphs own only what is made while they are captured: what else they read must outlive them.
-        self._one_each = torch.arange(limits.max_num_seqs + 1, dtype=torch.int32, device=device)
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -101,21 +99,20 @@ class Stage:
         model = self.model
 
         def compute(slots_S: Tensor, hidden_SD: Tensor | None) -> Tensor:
-            num = slots_S.numel()
-            rows = StepRows(
-                slots_S,
-                slots_S,  # starts: a decode has none
-                self._one_each[: num + 1],
-                slots_S[:0],
-                num_decodes=num,
-                num_tokens=num,
-                max_query_len=1,
-                table_width=self._table.width,
-            )
+            rows = self._table.decode_rows(slots_S, table_width=self._table.width)
             return self._compute(rows, hidden_SD, max_kv_len=self._max_model_len)
+
+        def choose(slots_S: Tensor, x_SD: Tensor) -> Tensor:
+            assert self._sampler is not None
+            slots_S = slots_S.long()
+            tokens_S = self._sampler.choose_plain(model.logits(x_SD), slots_S)
+            if self._neighbours.tokens is None:
+                self._table.state.last_tokens_N[slots_S] = tokens_S
+            return tokens_S
 
         self._graphs = DecodeGraphs(
             compute,
+            choose if model.shard.is_last else None,
             graph_sizes(self._max_num_seqs),
             padding_slot=self._table.padding_slot,
             hidden_size=None if model.shard.is_first else model.config.shape.hidden_size,
@@ -163,17 +160,22 @@ class Stage:
         else:
             hidden_TD = self._received(work.rows.num_tokens)
         start = self._stamp()
-        if self._graphs is not None and work.only_decodes and work.rows.num_decodes <= self._graphs.largest:
-            x_TD = self._graphs.replay(work.rows.slots_S, hidden_TD)
+        graphs = self._graphs if work.sampled_rows_R is None else None
+        if graphs is not None and work.rows.num_decodes <= graphs.largest:
+            x_TD = graphs.replay(work.rows.slots_S, hidden_TD)
         else:
+            graphs = None
             x_TD = self._compute(work.rows, hidden_TD, max_kv_len=work.max_kv_len)
         if self._sampler is None:
             end = self._stamp()
             assert self._neighbours.after is not None
-            self._neighbours.after.send(x_TD.clone() if self._graphs is not None else x_TD)
+            self._neighbours.after.send(x_TD if graphs is None else x_TD.clone())
             self._tell_time(step.plan, start, end)
         else:
-            make = self._sample(step, work, x_TD, self._sampler)
+            if graphs is not None and self._sampler.is_plain(work.sampled_slots):
+                make = self._sample_plain(step, work, graphs)
+            else:
+                make = self._sample(step, work, x_TD, self._sampler)
             self._tell_time(step.plan, start, self._stamp())
             if self._report is not None:
                 self._report(make)
@@ -233,6 +235,14 @@ class Stage:
         assert self._neighbours.before is not None
         size = num_tokens, self.model.config.shape.hidden_size
         return self._neighbours.before.receive(torch.empty(size, dtype=self.model.dtype, device=self.model.device))
+
+    def _sample_plain(self, step: Step, work: Work, graphs: DecodeGraphs) -> Callable[[], StepDone]:
+        """As `_sample`, by the graph that belongs to the one just replayed."""
+        tokens_R = graphs.choose(len(work.sampled_slots))
+        if self._neighbours.tokens is not None:
+            self._neighbours.tokens.send(tokens_R.clone())
+        arrived = _Arrival(tokens_R)
+        return lambda: StepDone(step.plan, arrived.wait(), None, None)
 
     def _sample(self, step: Step, work: Work, x_TD: Tensor, sampler: Sampler) -> Callable[[], StepDone]:
         """Choose tokens and send them to where they are fed in; what is returned waits for them."""
@@ -296,7 +306,7 @@ class _Arrival:
         if tokens_R.is_cuda:
             on_host = torch.empty(tokens_R.shape, dtype=torch.int32, pin_memory=True)
             self._tokens = on_host.copy_(self._tokens, non_blocking=True)
-            self._event = torch.cuda.Event()
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
     def wait(self) -> bytes:

@@ -185,9 +185,7 @@ class Worker:
         self._limits = config.limits(num_blocks=-(-longest // config.block_size))  # until the engine says how many
         if device.type == "cpu":
             torch.set_num_threads(num_threads(model, config.num_local_workers))
-        shard, self._neighbours = connect(
-            config.parallel, model.shape, rank, device, self._limits.max_in_flight
-        )
+        shard, self._neighbours = connect(config.parallel, model.shape, rank, device, self._limits.max_in_flight)
         dtype = choose_dtype(config, model, device)
         self._backend = choose_backend(
             config.attention_backend,
