@@ -99,7 +99,8 @@ class Batch:
         tokens = [7] * self._length
         admissions = [Admission(slot, tokens, self._length, params, slot, []) for slot in range(self._size)]
         num = -(-self._length // BLOCK_SIZE)
-        chunks = [ChunkWork(slot, self._length - 1, 1, final=True, blocks=self._blocks(num)) for slot in range(self._size)]
+        last = self._length - 1
+        chunks = [ChunkWork(slot, last, 1, final=True, blocks=self._blocks(num)) for slot in range(self._size)]
         return Step(0, admissions, chunks, 0, b"", [], -1)
 
     def step(self) -> Step:

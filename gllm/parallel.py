@@ -120,9 +120,9 @@ class Parallel:
         if is_moe:
             # An expert is missed by all tokens with the chance (1 - k/E)^T.
             total, missing = shape.num_experts, shape.num_experts - shape.num_experts_per_token
-            visited: int = total**BALANCED_TOKENS - missing**BALANCED_TOKENS
+            visited = total**BALANCED_TOKENS - missing**BALANCED_TOKENS
             always += shape.shared_expert_params + shape.router_params
-            read = always + total * shape.expert_params * visited // total**BALANCED_TOKENS
+            read = always + int(total * shape.expert_params * visited // total**BALANCED_TOKENS)
             computed = always + shape.num_experts_per_token * shape.expert_params
         else:
             read = computed = always + shape.dense_mlp_params
