@@ -49,7 +49,7 @@ def add_runtime_options(parser: argparse.ArgumentParser, *, seed: bool = True) -
         "--attention-backend",
         choices=("auto", "triton", "flash", "torch"),
         default="auto",
-        help="flash needs the extra `flash`; default: the fastest that the machine has",
+        help="flash (for long prompts) needs the extra `flash`; default: triton on GPUs",
     )
     group.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
     group.add_argument("--skip-tokenizer-init", action="store_true", help="no text: prompts and answers are token ids")

@@ -102,7 +102,7 @@ def test_a_cpu_has_the_references():
         ({}, "the package flash-attn-4"),
     ],
 )
-def test_what_flash_cannot_serve_falls_to_triton(change, lacks, monkeypatch):
+def test_what_flash_cannot_serve_is_said(change, lacks, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setitem(__import__("sys").modules, "flash_attn", None)
     cache = CPU | {"device": torch.device("cuda")} | change
