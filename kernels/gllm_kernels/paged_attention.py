@@ -25,8 +25,8 @@ BACKENDS = ("triton", "flash", "torch")
 def choose_backend(wanted: str, *, device: torch.device, dtype: torch.dtype, head_dim: int, block_size: int) -> str:
     """The backend that a user asked for, or for "auto" triton on a GPU and torch elsewhere.
 
-    flash-attn computes long prompts 1.4 times as fast as our kernel and a whole benchmark of short ones more slowly: its
-    launches cost the host more, and it compiles for 6 s at the start (benchmarks/NOTES.md). So it is for who asks.
+    flash-attn computes long prompts 1.4 times as fast as our kernel, and a whole benchmark of short ones more slowly:
+    its launches cost the host more, and it compiles for 6 s at the start (benchmarks/NOTES.md). It is for who asks.
 
     Args:
         wanted: "auto" or a backend's name.
