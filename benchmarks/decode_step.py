@@ -200,7 +200,7 @@ def draw(result: dict[str, Any], timelines: dict[int, list[Span]], path: Path) -
         axes[0].barh(names, widths, left=left, label=kind, color=colours[kind])
         left = [sum(pair) for pair in zip(left, widths, strict=True)]
     axes[0].set(title=f"{result['model']} on {result['gpu']}: a decode step by kind of kernel", xlabel="% of the step")
-    axes[0].legend(ncols=5, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    axes[0].legend(ncols=5, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.45))
     for axis, (size, spans) in zip(axes[1:], timelines.items(), strict=True):
         shown = spans[:34]
         for span in shown:
