@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import logging
 import math
 import socket
 import time
@@ -131,6 +132,8 @@ def serve_app(
         address = sock.getsockname()
         sock.close()
         raise ValueError(_why_not(address[0], address[1], error)) from error
+    # asyncio warns when a client has gone in the middle of a burst of tokens; the stream hears of it a moment later.
+    logging.getLogger("asyncio").setLevel(logging.ERROR)
     Server(app, drain_timeout_s=drain_timeout_s, linger_s=linger_s).run(sockets=[sock])
     service: Service = app.state.service
     return 0 if service.engine.failure is None else 1
