@@ -60,6 +60,7 @@ class Case:
 def configure(pp: int) -> SimConfig:
     """The configuration of the benchmark, with `pp` stages."""
     return SimConfig(
+        max_in_flight=pp,  # nothing planned ahead, as all figures of this benchmark since the first
         model=MODEL,
         gpu=GPU,
         parallel=Parallel(pp=pp),
