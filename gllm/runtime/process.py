@@ -29,8 +29,9 @@ def start(module: str, task: Any) -> subprocess.Popen[bytes]:  # noqa: ANN401 - 
         [sys.executable, "-P", "-m", module], stdin=subprocess.PIPE, stdout=2, env=environment, process_group=0
     )
     assert child.stdin is not None
-    child.stdin.write(msgspec.json.encode(task) + b"\n")
-    child.stdin.flush()
+    with suppress(BrokenPipeError):  # it is dead already, which whoever watches over it will see and tell
+        child.stdin.write(msgspec.json.encode(task) + b"\n")
+        child.stdin.flush()
     return child
 
 

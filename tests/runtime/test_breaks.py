@@ -4,11 +4,14 @@ import json
 import os
 import re
 import signal
+import subprocess
 import time
 
 import httpx
 import pytest
 from runtime.servers import LONG, SLACK_S, SOON_S, Command, InFlight, Serving, until
+
+from gllm.runtime import process
 
 PROMPTLY_S = SOON_S + SLACK_S
 
@@ -118,6 +121,48 @@ def test_death_while_loading(role):
         assert len(lines) == 1, lines
         assert "was killed by SIGKILL" in lines[0]
         assert server.left() == []
+
+
+def test_death_before_it_has_heard_what_to_do(monkeypatch):
+    """A child may die between its birth and its task."""
+    monkeypatch.setattr(process.subprocess, "Popen", Stillborn)
+    child = process.start("gllm.runtime.engine", {})
+    assert (child.poll(), process.end(child, 1)) == (-signal.SIGKILL, -signal.SIGKILL)
+
+
+class Stillborn(subprocess.Popen):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        self.kill()
+        self.wait()
+
+
+SLOW_FORKS = """
+import sys, time
+def note(event):
+    with open({log!r}, "a") as log:
+        log.write(event + chr(10))
+if "gllm.runtime.worker" in sys.orig_argv:
+    import torch.distributed
+    from multiprocessing.process import BaseProcess
+    start, meet = BaseProcess.start, torch.distributed.init_process_group
+    def slowly(self):
+        start(self)
+        note("forked")
+        time.sleep(0.5)
+    def noted(*args, **options):
+        note("meets")
+        return meet(*args, **options)
+    BaseProcess.start, torch.distributed.init_process_group = slowly, noted
+"""
+
+
+def test_no_worker_calls_anybody_before_all_are_forked(tmp_path):
+    """A fork made while the store's thread resolves a caller's name can hang for good in libc."""
+    (tmp_path / "sitecustomize.py").write_text(SLOW_FORKS.format(log=str(tmp_path / "log")))
+    with Serving("--pp", 3, site=tmp_path) as server:
+        server.ready()
+    assert (tmp_path / "log").read_text().split() == ["forked"] * 3 + ["meets"] * 3
 
 
 def test_a_launcher_that_cannot_start(tmp_path):

@@ -6,6 +6,7 @@ torch is imported once; the workers are forked from here, which makes their star
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
 import sys
 import uuid
@@ -45,9 +46,12 @@ def launch(task: WorkerTask) -> WorkerFailed | None:
         signals_to_handle="SIGTERM",
         logs_specs=DefaultLogsSpecs(log_dir=task.folder),
     )
+    # While there are forks to come, no worker may look anybody up: the store's thread then resolves the worker's name
+    # under a lock of libc's, and a fork made meanwhile would inherit that lock shut, with nobody to open it.
+    all_forked = multiprocessing.get_context("fork").Barrier(config.num_local_workers)
     try:
         check_devices(config)
-        elastic_launch(launcher, work)(config, task.address)
+        elastic_launch(launcher, work)(config, task.address, all_forked)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return WorkerFailed(-1, _how(rank, failure))

@@ -41,6 +41,7 @@ from gllm.runtime.worker.stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from multiprocessing.synchronize import Barrier
 
     from gllm.runtime.config import RuntimeConfig
     from gllm.runtime.messages import Order, Report
@@ -56,11 +57,12 @@ _MIN_WIDTH_FOR_THREADS = 512
 _MOURNING_S = 5.0  # the launcher blames whoever ends first: that must be who died, not who lost a neighbour by it
 
 
-def work(config: RuntimeConfig, address: str) -> None:
+def work(config: RuntimeConfig, address: str, all_forked: Barrier) -> None:
     """The whole life of a worker; torchrun's environment says which one it is. Never returns normally on an error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not our parent's handler: die at once, whatever we wait for
     _end_with_parent()
+    all_forked.wait()
     rank = int(os.environ["RANK"])
     device = choose_device(config)
     if device.type == "cuda":
