@@ -37,7 +37,7 @@ from gllm.runtime.worker.groups import Neighbours
 from gllm.runtime.worker.stage import Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 BLOCK_SIZE = 16
 NUM_STEPS = 40
@@ -132,18 +132,7 @@ def measure(stage: Stage, size: int, context: int) -> tuple[dict[str, Any], list
     end.record()
     torch.cuda.synchronize()
     step_us = 1000 * start.elapsed_time(end) / NUM_STEPS
-    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        for _ in range(NUM_PROFILED):
-            stage.run(batch.step())
-        torch.cuda.synchronize()
-    spans = sorted(
-        (
-            Span(event.name, event.time_range.start, event.time_range.end)
-            for event in profiler.events()
-            if event.device_type == DeviceType.CUDA
-        ),
-        key=lambda span: span.start,
-    )
+    spans = profiled(lambda: stage.run(batch.step()))
     num_bytes = bytes_read(stage, size, context + NUM_STEPS // 2)
     return {
         "batch": size,
@@ -155,6 +144,20 @@ def measure(stage: Stage, size: int, context: int) -> tuple[dict[str, Any], list
         "kernels_per_step": round(len(spans) / NUM_PROFILED),
         "us_by_kind": by_kind(spans),
     }, spans[-(len(spans) // NUM_PROFILED) :]
+
+
+def profiled(run: Callable[[], object]) -> list[Span]:
+    """The kernels of `NUM_PROFILED` runs, in order of time."""
+    with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+        for _ in range(NUM_PROFILED):
+            run()
+        torch.cuda.synchronize()
+    spans = (
+        Span(event.name, event.time_range.start, event.time_range.end)
+        for event in profiler.events()
+        if event.device_type == DeviceType.CUDA
+    )
+    return sorted(spans, key=lambda span: span.start)
 
 
 def bytes_read(stage: Stage, size: int, context: int) -> int:

@@ -25,10 +25,12 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 sys.path.insert(0, str(BENCHMARKS))
 try:
+    from decode_step import NUM_PROFILED, Span
     from engines.gllm import with_budget
     from latency import bytes_per_step
     from model_folder import model_folder
     from openai_stream import Answer, EventReader, endpoint_of
+    from prompt_step import PRODUCTS, product_flop, products, prompt_step
     from record import slug
     from serving import statistics as percentiles
     from traffic import drawn_times
@@ -134,6 +136,34 @@ def test_a_decode_step_reads_weights_and_keys():
     idle = 48 * (128 - 8) * moe.expert_params
     assert bytes_per_step(moe, 1, 0) == pytest.approx(2 * (moe.total_params - moe.embedding_params - idle))
     assert bytes_per_step(moe, 4096, 0) == pytest.approx(2 * (moe.total_params - moe.embedding_params))
+
+
+def test_a_prompt_step_is_whole():
+    step = prompt_step(1100, 512)
+    assert [(chunk.slot, chunk.start, chunk.num_tokens, chunk.final) for chunk in step.chunks] == [
+        (0, 0, 512, True),
+        (1, 0, 512, True),
+        (2, 0, 76, True),
+    ]
+    assert [len(admission.token_ids) for admission in step.admissions] == [512, 512, 76]
+    blocks = [block for chunk in step.chunks for block in chunk.blocks]
+    assert blocks == list(range(32 + 32 + 5))
+
+
+def test_products_are_told_apart():
+    shape = load_shape("qwen3-8b")
+    weights = shape.num_layers * sum(product_flop(shape)) // 2
+    outside = 2 * shape.embedding_params + (4 * shape.num_layers + 1) * shape.hidden_size
+    assert weights == pytest.approx(shape.total_params - outside, rel=1e-4), "the rest are norms"
+    spans, now = [], 0.0
+    for _ in range(NUM_PROFILED):
+        for duration in (10.0, 20.0, 30.0, 40.0) * shape.num_layers + (50.0,):
+            spans += [Span("nvjet_gemm", now, now + duration), Span("_rms_norm_kernel", now + duration, now + duration)]
+            now += duration
+    found = products(spans, shape, num_tokens=100)
+    assert [(each["product"], each["us"]) for each in found] == list(zip(PRODUCTS, (10, 20, 30, 40), strict=True))
+    assert found[3]["tflop_per_s"] == pytest.approx(2 * 12288 * 4096 * 100 / 40e-6 / 1e12, abs=0.05)
+    assert products(spans[:-2], shape, num_tokens=100) == []
 
 
 def test_arrivals_have_the_rate_and_the_burstiness():
