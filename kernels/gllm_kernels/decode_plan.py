@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PLANNED_WORKERS = 16  # whose stretches one program of the planning kernel finds
+PLANNED_SEQUENCES = 64, 512  # that a program looks at, or the next power of two: each size takes time to compile
 
 
 class Tuning(NamedTuple):
@@ -117,6 +118,7 @@ def plan_reference(plan: DecodePlan, kv_lens_S: Tensor) -> None:
 def plan_triton(plan: DecodePlan, kv_lens_S: Tensor) -> None:
     """The same in one launch; its programs each add up all lengths."""
     num_workers, num_sequences = len(plan.spans_W2), len(kv_lens_S)
+    held = next((size for size in PLANNED_SEQUENCES if num_sequences <= size), next_power_of_2(num_sequences))
     _plan_kernel[(-(-num_workers // PLANNED_WORKERS),)](
         kv_lens_S,
         plan.bounds_S,
@@ -127,7 +129,7 @@ def plan_triton(plan: DecodePlan, kv_lens_S: Tensor) -> None:
         num_workers,
         plan.counters_SK.numel(),
         TILE=plan.tuning.tile,
-        SEQUENCES=max(16, next_power_of_2(num_sequences)),
+        SEQUENCES=held,
         WORKERS=PLANNED_WORKERS,
     )
 

@@ -41,7 +41,9 @@ def decodes(lengths, *, seed=0, **shape):
     return draw(lengths, [1] * len(lengths), seed=seed, **shape)
 
 
-@pytest.mark.parametrize("lengths", [[0], [1], LENGTHS, [0] * 5, [5000], list(range(70)), [64, 128, 64]], ids=len)
+@pytest.mark.parametrize(
+    "lengths", [[0], [1], LENGTHS, [0] * 5, [5000], list(range(70)), [64, 128, 64], [3] * 600], ids=len
+)
 @pytest.mark.parametrize("tuning", [ONE_WORKER, SOME, MANY])
 def test_a_plan_gives_every_tile_to_one_worker(lengths, tuning, device):
     inputs = decodes(lengths, page=16, heads=2, group=1, width=16, dtype=torch.float32, device=device)
