@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+# Not when the first prompt is drawn: numpy loads it lazily, and a Ctrl-C that falls into that is lost for good.
+from numpy.random import Generator, Philox
+
 if TYPE_CHECKING:
     from gllm.trace import TraceRequest
 
@@ -32,4 +35,4 @@ def synthesise(request: TraceRequest, number: int, vocab_size: int) -> list[int]
 
 def _draw(name: str, count: int, vocab_size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     seed = int.from_bytes(blake2b(name.encode(), digest_size=16).digest(), "little")
-    return np.random.Generator(np.random.Philox(seed)).integers(vocab_size, size=count)
+    return Generator(Philox(seed)).integers(vocab_size, size=count)

@@ -17,7 +17,10 @@ from gllm.console.output import RUN_FILES, TRACE_NAME, staged
 from gllm.console.progress import show_progress, tell_seldom
 from gllm.console.runs import read_trace, show_run, tell
 from gllm.report.decision_log import LOG_NAME
+from gllm.runtime.messages import NewRequest, Progress, Refused
 from gllm.runtime.options import runtime_config
+from gllm.runtime.prompts import synthesise
+from gllm.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -26,7 +29,6 @@ if TYPE_CHECKING:
     from gllm.report.record import RunRecord
     from gllm.runtime.client import EngineClient
     from gllm.runtime.config import RuntimeConfig
-    from gllm.runtime.messages import NewRequest
     from gllm.trace import Trace, TraceOptions, TraceRequest
 
     Summary = dict[str, Any]
@@ -132,8 +134,6 @@ class _Player:
             self._listen(_PATIENCE_S if following is None else _seconds_until(stamped(following, start_ns)))
 
     def _listen(self, timeout_s: float) -> None:
-        from gllm.runtime.messages import Progress, Refused  # noqa: PLC0415 - --help must not wait for it
-
         notice = self.client.receive(timeout_s)
         if isinstance(notice, Progress):
             self.num_ended += sum(delta.finish_reason is not None for delta in notice.deltas)
@@ -149,10 +149,6 @@ def stamped(request: NewRequest, start_ns: int) -> NewRequest:
 
 def requests_of(client: EngineClient, trace: Trace, *, temperature: float) -> Iterator[NewRequest]:
     """The trace's requests at the trace's times, each written when it is asked for."""
-    from gllm.runtime.messages import NewRequest  # noqa: PLC0415
-    from gllm.runtime.prompts import synthesise  # noqa: PLC0415
-    from gllm.runtime.sampling_params import SamplingParams  # noqa: PLC0415
-
     vocab_size = client.model.shape.vocab_size
     for number, row in enumerate(trace.requests):
         assert row.arrival_ns is not None

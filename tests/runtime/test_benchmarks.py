@@ -375,7 +375,7 @@ def test_serving(server, tmp_path):
     assert 6 * 10 <= result["total_input_tokens"] <= 6 * 30
     assert result["total_output_tokens"] == sum(each["output_tokens"] for each in result["requests"])
     assert result["request_goodput"] == result["request_throughput"]
-    assert 0 < result["mean_ttft_ms"] < result["mean_e2el_ms"]
+    assert 0 < result["mean_ttft_ms"] <= result["mean_e2el_ms"]  # a busy client may read a whole answer at once
     assert result["output_throughput"] == pytest.approx(result["total_output_tokens"] / result["duration"])
 
 
