@@ -1,4 +1,4 @@
-"""`python -m gllm.runtime`: serve, generate, chat, replay, evaluate.
+"""`python -m gllm.runtime`: serve, generate, chat, replay, evaluate, profile.
 
 Only argparse is imported until a command runs, so that --help is instant.
 """
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: Commands = parser.add_subparsers(metavar="COMMAND", required=True, parser_class=Parser)
     add_commands(commands)
     _add_replay(commands)
+    _add_profile(commands)
     return run(parser, argv)
 
 
@@ -94,3 +95,17 @@ def _add_replay(commands: Commands) -> None:
     add_runtime_options(parser, seed=False)
     add_slo_options(parser)
     add_output(parser, "report.html, report.json, requests.csv, timeline.json, iterations.jsonl.gz and trace.jsonl.gz")
+
+
+def _add_profile(commands: Commands) -> None:
+    text = "time a model's steps on this machine, for the simulator"
+    parser = add_command(commands, "profile", "gllm.runtime.profile.command", "profile", text)
+    add_named_model_option(parser)
+    group = parser.add_argument_group("profile")
+    group.add_argument(
+        "--max-tokens-per-step", type=whole(1), metavar="N", help="the largest step measured; default: the policy's"
+    )
+    group.add_argument("--quick", action="store_true", help="few points: seconds, where all of them take minutes")
+    group.add_argument("--out", metavar="FILE", help="default: profile_MODEL_DEVICE.json in this folder")
+    group.add_argument("--quiet", action="store_true", help="no progress")
+    add_runtime_options(parser)

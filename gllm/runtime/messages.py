@@ -212,11 +212,12 @@ class StepDone(Message):
 
 
 class StageTime(Message):
-    """When a stage computed a step."""
+    """When a stage computed a step: its layers, then on the last one the head and sampling."""
 
     plan: int
     stage: int
     start_ns: int
+    head_ns: int  # when the layers were done; without a head that is the end
     end_ns: int
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -21,6 +19,7 @@ from gllm.runtime.messages import NewRequest, Progress, Refused
 from gllm.runtime.options import runtime_config
 from gllm.runtime.prompts import synthesise
 from gllm.runtime.sampling_params import SamplingParams
+from gllm.runtime.versions import versions
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -202,18 +201,5 @@ def describe(  # noqa: PLR0917 - all that a run was
         "policy_options": policy_options(policy),
         "runtime": config.to_json(),
         "model_shape": asdict(client.model.shape),
-        "versions": _versions(),
+        "versions": versions(),
     }
-
-
-def _versions() -> dict[str, str]:
-    names = ("gllm", "torch", "triton")
-    found = {name: _version(name) for name in names}
-    return {"python": platform.python_version(), **{name: text for name, text in found.items() if text}}
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

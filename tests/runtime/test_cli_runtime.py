@@ -313,7 +313,10 @@ TRACE = "".join(
     for number in range(6)
 )
 LATE = TRACE.splitlines()[-1].replace('"timestamp": 50', '"timestamp": 600000') + "\n"
-RUN = {"report.html", "report.json", "requests.csv", "timeline.json", "iterations.jsonl.gz", "trace.jsonl.gz"}
+RUN = {
+    *("report.html", "report.json", "record.npz", "requests.csv", "timeline.json"),
+    *("iterations.jsonl.gz", "trace.jsonl.gz"),
+}
 
 
 def test_replay_writes_the_simulators_folder(tmp_path):

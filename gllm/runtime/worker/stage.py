@@ -19,7 +19,8 @@ from gllm_kernels.step_inputs import StepRows, lay_out
 from gllm.runtime.attention_batch import AttentionBatch, KVCache, allocate_caches
 from gllm.runtime.messages import StageTime, StepDone
 from gllm.runtime.worker.clock import StageClock
-from gllm.runtime.worker.graphs import DecodeGraphs, graph_sizes
+from gllm.runtime.worker.graph_sizes import graph_sizes
+from gllm.runtime.worker.graphs import DecodeGraphs
 from gllm.runtime.worker.inputs import SlotTable
 from gllm.runtime.worker.memory import MAX_SAMPLED
 from gllm.runtime.worker.sampler import Sampled, Sampler
@@ -166,17 +167,17 @@ class Stage:
         else:
             graphs = None
             x_TD = self._compute(work.rows, hidden_TD, max_kv_len=work.max_kv_len)
+        head = self._stamp()
         if self._sampler is None:
-            end = self._stamp()
             assert self._neighbours.after is not None
             self._neighbours.after.send(x_TD if graphs is None else x_TD.clone())
-            self._tell_time(step.plan, start, end)
+            self._tell_time(step.plan, start, head, head)
         else:
             if graphs is not None and self._sampler.is_plain(work.sampled_slots):
                 make = self._sample_plain(step, work, graphs)
             else:
                 make = self._sample(step, work, x_TD, self._sampler)
-            self._tell_time(step.plan, start, self._stamp())
+            self._tell_time(step.plan, start, head, self._stamp())
             if self._report is not None:
                 self._report(make)
         if self.model.shard.is_first and work.sampled_slots and self._neighbours.tokens is not None:
@@ -291,10 +292,11 @@ class Stage:
     def _stamp(self) -> Stamp:
         return 0 if self._clock is None else self._clock.stamp()
 
-    def _tell_time(self, plan: int, start: Stamp, end: Stamp) -> None:
+    def _tell_time(self, plan: int, *stamps: Stamp) -> None:
+        """Of a step's start, head and end, in the order in which they were made."""
         clock = self._clock
         if clock is not None and self._report is not None:
-            self._report(lambda: StageTime(plan, self._stage, clock.read_ns(start), clock.read_ns(end)))
+            self._report(lambda: StageTime(plan, self._stage, *map(clock.read_ns, stamps)))
 
 
 class _Arrival:

@@ -1,0 +1,83 @@
+"""The course of a profile: which steps the workers are given, in which order."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from gllm.console.progress import show_progress
+from gllm.runtime.profile.grids import BASE_CHUNK, make_grid
+from gllm.runtime.profile.host import measure_host
+from gllm.runtime.profile.measure import measure
+from gllm.runtime.profile.session import Session
+from gllm.runtime.profile.steps import StepMaker, chunks, eager
+from gllm.runtime.profile.tables import make_tables
+
+if TYPE_CHECKING:
+    from gllm.runtime.engine.workers import Workers
+    from gllm.runtime.profile import session as sessions
+    from gllm.runtime.profile.grids import Grid, Room
+    from gllm.runtime.profile.measure import Times
+    from gllm.runtime.profile.steps import Mix
+
+_FILLING_CHUNK = 512
+
+
+def take_profile(
+    workers: Workers, room: Room, *, policy: str, vocab_size: int, fills_cache: bool, quick: bool, quiet: bool
+) -> dict[str, Any]:
+    """All that is measured.
+
+    Args:
+        workers: loaded, and asked for nothing yet.
+        room: for steps.
+        policy: of the engine.
+        vocab_size: of the model.
+        fills_cache: first compute keys and values into every block: what a GPU draws, and with it its clock, depends
+            on the numbers that it moves.
+        quick: few points.
+        quiet: no progress.
+
+    Raises:
+        ValueError: There is no room for a profile.
+    """
+    grid = make_grid(room, quick=quick)
+    # What compares clocks comes first: those of GPUs drift. And workers count an engine's steps from 0.
+    host, num_plans = measure_host(workers, policy, room.limits, vocab_size)
+    maker = StepMaker(room.limits, vocab_size, max_tokens=grid.room.max_tokens, first_plan=num_plans)
+    tables = measure_tables(workers, grid, maker, fills_cache=fills_cache, quiet=quiet)
+    return {**tables, "host": host._asdict()}
+
+
+def measure_tables(
+    workers: sessions.Workers, grid: Grid, maker: StepMaker, *, fills_cache: bool = False, quiet: bool = True
+) -> dict[str, Any]:
+    """What is measured with steps made by hand."""
+    limits = grid.room.limits
+    # With a single step on the road, none would be there when the one before ends.
+    session = Session(workers, num_stages=limits.depth, max_in_flight=max(limits.max_in_flight, 2))
+    transfer_ns = {}
+    for num in grid.transfer_tokens:
+        found = measure(session, maker, eager(num, BASE_CHUNK), alone=True).transfer_ns
+        assert found is not None, "there is more than one stage"
+        transfer_ns[num] = found
+    if fills_cache:
+        _fill(session, maker, grid.room)
+    mixes = grid.mixes()
+    times: dict[Mix, Times] = {}
+    watching = show_progress(len(mixes), lambda: len(times), what="kinds of steps", doing="profiling")
+    with nullcontext() if quiet else watching:
+        for mix in mixes:
+            times[mix] = measure(session, maker, mix)
+    return make_tables(grid, times, transfer_ns)
+
+
+def _fill(session: Session, maker: StepMaker, room: Room) -> None:
+    """Prompts into every block of the cache; their makers hand blocks out one after another."""
+    limits = room.limits
+    size = min(_FILLING_CHUNK, limits.max_tokens_per_sequence, room.max_tokens)
+    most = min(room.max_tokens // size, limits.max_num_seqs)
+    mix = next(each for each in (chunks(num, 0, size) for num in range(most, 0, -1)) if room.fits(each))
+    blocks = len(mix.chunks) * -(-size // limits.block_size)
+    for _ in range(-(-limits.num_blocks // blocks)):
+        session.run(maker.make(mix, 1)[1])

@@ -1,0 +1,110 @@
+"""From the times of mixes to a profile's tables. Integers throughout; docs/profile.md says how they are composed."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from statistics import median_low
+from typing import TYPE_CHECKING, Any
+
+from gllm.runtime.profile.grids import BASE_CHUNK
+from gllm.runtime.profile.steps import chunks, decodes, eager
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from gllm.runtime.profile.grids import Grid
+    from gllm.runtime.profile.measure import Times
+    from gllm.runtime.profile.steps import Mix
+
+    Table = dict[str, Any]
+
+
+def make_tables(grid: Grid, times: Mapping[Mix, Times], transfer_ns: Mapping[int, int]) -> dict[str, Any]:
+    """All tables of a profile.
+
+    Args:
+        grid: their points.
+        times: of the grid's mixes.
+        transfer_ns: by tokens; empty with one stage.
+    """
+    base = _Base(grid, times)
+    graph_sizes = [num for num in grid.decode_batches if num in grid.room.graph_sizes]
+    return {
+        "base_chunk": BASE_CHUNK,
+        "max_tokens": grid.room.max_tokens,
+        "graph_sizes": graph_sizes,
+        "decode": _curve("batches", {num: times[grid.decode(num)].layers_ns for num in grid.decode_batches}),
+        "decode_attention": _decode_attention(grid, times),
+        "eager": _curve("tokens", base.ns),
+        "mixed": _curve("batches", {num: base.beyond(grid.mixed(num)) for num in grid.mixed_batches}),
+        "prefill_attention": _prefill_attention(grid, base),
+        "head": _curve("rows", {num: times[grid.mixed(num)].head_ns for num in grid.mixed_batches}),
+        "graph_head": _curve("rows", {num: times[grid.decode(num)].head_ns for num in graph_sizes}) or None,
+        "gap": {
+            "decode_ns": _gap(times, (grid.decode(num) for num in graph_sizes or grid.decode_batches)),
+            "eager_ns": _gap(times, (eager(num, BASE_CHUNK) for num in grid.tokens)),
+        },
+        "transfer": _curve("tokens", transfer_ns) or None,
+        "checks": [_check(mix, times[mix]) for mix in grid.checks],
+    }
+
+
+class _Base:
+    """What tokens cost without attention to speak of, which all other tables are beyond."""
+
+    def __init__(self, grid: Grid, times: Mapping[Mix, Times]) -> None:
+        self._times = times
+        self.ns = {num: times[eager(num, BASE_CHUNK)].layers_ns for num in grid.tokens}
+
+    def beyond(self, mix: Mix) -> int:
+        """What a mix takes beyond its tokens' base."""
+        return self._times[mix].layers_ns - self._at(mix.num_tokens)
+
+    def _at(self, num_tokens: int) -> int:
+        """Between points as who reads the table sees it: on the line from one to the next."""
+        points = list(self.ns)
+        right = points[bisect_left(points, num_tokens)]
+        if right == num_tokens:
+            return self.ns[right]
+        left = points[bisect_left(points, num_tokens) - 1]
+        return self.ns[left] + (self.ns[right] - self.ns[left]) * (num_tokens - left) // (right - left)
+
+
+def _decode_attention(grid: Grid, times: Mapping[Mix, Times]) -> Table:
+    def row(num: int) -> list[int | None]:
+        found = [times.get(decodes(num, context)) for context in grid.contexts]
+        least = times[grid.decode(num)].layers_ns
+        return [None if each is None else each.layers_ns - least for each in found]
+
+    return {"batches": grid.batches, "contexts": grid.contexts, "ns": [row(num) for num in grid.batches]}
+
+
+def _prefill_attention(grid: Grid, base: _Base) -> Table:
+    def each(num_tokens: int, start: int, num: int) -> int | None:
+        return base.beyond(chunks(num, start, num_tokens)) // num if num else None
+
+    counts = [[(num, start, grid.num_each(num, start)) for start in grid.starts] for num in grid.queries]
+    return {
+        "queries": grid.queries,
+        "starts": grid.starts,
+        "one_ns": [[each(num, start, min(most, 1)) for num, start, most in row] for row in counts],
+        "each_ns": [[each(*point) for point in row] for row in counts],
+    }
+
+
+def _curve(name: str, ns: Mapping[int, int]) -> Table:
+    """Empty where there are no points."""
+    return {name: list(ns), "ns": list(ns.values())} if ns else {}
+
+
+def _gap(times: Mapping[Mix, Times], mixes: Iterable[Mix]) -> int:
+    return median_low(times[mix].gap_ns for mix in mixes)
+
+
+def _check(mix: Mix, found: Times) -> dict[str, Any]:
+    return {
+        "chunks": mix.chunks,
+        "contexts": mix.contexts,
+        "num_sampled": mix.num_sampled,
+        "stage_ns": found.stage_ns,
+    }

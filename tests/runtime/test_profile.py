@@ -1,0 +1,468 @@
+"""`profile`: tables recover what steps cost, from workers whose times are known; real ones give a whole file."""
+
+import json
+import math
+from array import array
+from collections import deque
+from itertools import product
+
+import pytest
+from runtime.servers import Command, until
+from runtime.tiny_models import make
+
+from gllm.core import Limits
+from gllm.runtime import process
+from gllm.runtime.cli import main
+from gllm.runtime.messages import StageTime, StepDone, decode_order, encode
+from gllm.runtime.profile import profiler
+from gllm.runtime.profile.command import GPU_NAMES, gist, gpu_name
+from gllm.runtime.profile.grids import BASE_CHUNK, Room, make_grid
+from gllm.runtime.profile.host import host_times
+from gllm.runtime.profile.session import Session
+from gllm.runtime.profile.steps import DRIFT, MAX_REPEATS, Mix, StepMaker
+from gllm.sim.gpus import GPUS
+from gllm.sim.profile import read_profile
+
+FIRST_PLAN = 7
+VOCAB_SIZE = 50
+
+
+def eager_ns(num_tokens):
+    return 20_000 * max(num_tokens, 128)
+
+
+def one_ns(start, num_tokens):
+    """Attention of one chunk beyond what base chunks have."""
+    return 7 * num_tokens * start + 4 * num_tokens * max(0, num_tokens - BASE_CHUNK)
+
+
+def prefill_ns(chunks):
+    """Chunks beside each other keep each other's units busy."""
+    return sum(one_ns(*chunk) // (1 + (len(chunks) > 1)) for chunk in chunks)
+
+
+def decode_ns(num, sizes):
+    captured = next((size for size in sizes if size >= num), num)
+    return 500_000 + 9_000 * captured
+
+
+def decode_attention_ns(contexts):
+    return 11 * (sum(contexts) - 16 * len(contexts))
+
+
+def mixed_ns(num):
+    return 30_000 + 4_000 * num if num else 0
+
+
+def head_ns(rows):
+    return 200_000 + 1_000 * rows if rows else 0
+
+
+def graph_head_ns(num, sizes):
+    captured = next((size for size in sizes if size >= num), None)
+    return head_ns(num) if captured is None else 100_000 + 700 * captured
+
+
+def transfer_ns(num_tokens):
+    return 50_000 + 13 * num_tokens
+
+
+GAPS_NS = {"decode_ns": 40_000, "eager_ns": 90_000}
+
+
+class FakeWorkers:
+    """Stages whose times follow the formulas above. They check what every step says of slots and blocks."""
+
+    def __init__(self, room):
+        self.room, self.limits = room, room.limits
+        self.steps, self.reports = deque(), deque()
+        self.free_ns, self.now_ns = [0] * self.limits.depth, 0
+        self.next_plan = FIRST_PLAN
+        self.most_waiting = 0
+        self.mixes = []
+        self.written = set()  # blocks
+        self._tables, self._lengths, self._prompts = {}, {}, {}
+
+    def dispatch(self, step):
+        step = decode_order(encode(step))
+        assert step.plan == self.next_plan
+        assert step.depends_on == -1
+        self.next_plan += 1
+        self.steps.append((step, self._taken(step), self.now_ns))
+        self.most_waiting = max(self.most_waiting, len(self.steps))
+
+    def _taken(self, step):
+        """What the step holds."""
+        for new in step.admissions:
+            self._tables[new.slot], self._prompts[new.slot] = [], new.token_ids
+            assert all(0 <= token < VOCAB_SIZE for token in new.token_ids)
+        decoding = array("i", step.decode_slots).tolist()
+        assert len(decoding) == step.num_decodes
+        for chunk in step.chunks:
+            self._tables[chunk.slot] += chunk.blocks
+            self._lengths[chunk.slot] = chunk.start + chunk.num_tokens
+            assert self._lengths[chunk.slot] <= len(self._prompts[chunk.slot])
+        for slot, block in step.grown:
+            self._tables[slot].append(block)
+        for slot in decoding:
+            self._lengths[slot] += 1
+        self._check_blocks([*decoding, *(chunk.slot for chunk in step.chunks)])
+        contexts = tuple(self._lengths[slot] for slot in decoding)
+        chunks = tuple((chunk.start, chunk.num_tokens) for chunk in step.chunks)
+        self.mixes.append(Mix(chunks=chunks, contexts=contexts, num_final=sum(chunk.final for chunk in step.chunks)))
+        assert self.mixes[-1].num_tokens <= self.room.max_tokens
+        return self.mixes[-1]
+
+    def _check_blocks(self, slots):
+        assert len(set(slots)) == len(slots) <= self.limits.max_num_seqs
+        needed = []
+        for slot in slots:
+            assert self._lengths[slot] <= self.limits.max_tokens_per_sequence
+            assert len(self._tables[slot]) <= -(-self.limits.max_model_len // self.limits.block_size)
+            num = -(-self._lengths[slot] // self.limits.block_size)
+            assert num <= len(self._tables[slot])
+            needed += self._tables[slot][:num]
+        assert len(set(needed)) == len(needed), "sequences share a block"
+        assert set(needed) <= set(range(self.limits.num_blocks))
+        self.written |= set(needed)
+
+    def await_report(self):
+        if not self.reports:
+            self._compute(*self.steps.popleft())
+        return self.reports.popleft()
+
+    def _compute(self, step, mix, ready_ns):
+        layers, head, gap = self.cost(mix)
+        depth, times = self.limits.depth, []
+        for stage in range(depth):
+            start = max(ready_ns, self.free_ns[stage] + gap)
+            # The last stage is the slowest: others' steps wait for it.
+            share = layers // (depth + 1) if stage < depth - 1 else layers - (depth - 1) * (layers // (depth + 1))
+            end = start + share + (head if stage == depth - 1 else 0)
+            times.append(StageTime(step.plan, stage, start, start + share, end))
+            self.free_ns[stage], ready_ns = end, end + transfer_ns(mix.num_tokens)
+        self.now_ns = self.free_ns[-1]
+        # The last stage tells its time before its tokens, another one whenever it gets to it.
+        self.reports += [*times[1:], StepDone(step.plan, b"", None, None), times[0]]
+
+    def cost(self, mix):
+        num, sizes = len(mix.contexts), self.room.graph_sizes
+        attention = decode_attention_ns(mix.contexts)
+        if not mix.chunks:
+            gap = "eager_ns" if sizes and num > sizes[-1] else "decode_ns"
+            return decode_ns(num, sizes) + attention, graph_head_ns(num, sizes), GAPS_NS[gap]
+        layers = eager_ns(mix.num_tokens) + mixed_ns(num) + attention + prefill_ns(mix.chunks)
+        return layers, head_ns(mix.num_sampled), GAPS_NS["eager_ns"]
+
+
+def room(*, graph_sizes=(1, 2, 4, 8, 16, 24), max_tokens=1100, **limits):
+    limits = {"num_blocks": 4000, "block_size": 16, "max_model_len": 2600, "max_num_seqs": 40, "depth": 1} | limits
+    return Room(limits=Limits(**limits), max_tokens=max_tokens, graph_sizes=graph_sizes)
+
+
+def measured(where, *, quick=False):
+    """The grid and the tables, from fake workers, which come last."""
+    grid = make_grid(where, quick=quick)
+    workers = FakeWorkers(grid.room)
+    maker = StepMaker(where.limits, VOCAB_SIZE, max_tokens=grid.room.max_tokens, first_plan=FIRST_PLAN)
+    return grid, json.loads(json.dumps(profiler.measure_tables(workers, grid, maker))), workers
+
+
+ROOMS = {
+    "graphs": {},
+    "no graphs": {"graph_sizes": ()},
+    "two stages": {"depth": 2, "max_in_flight": 3},
+    "one at a time": {"max_in_flight": 1},
+    "odd": {"block_size": 3, "max_tokens": 777, "max_num_seqs": 23, "graph_sizes": (1, 2, 4, 8, 16, 23)},
+    "short": {"max_model_len": 67, "graph_sizes": (), "depth": 3, "max_in_flight": 4},
+    "few sequences": {"max_num_seqs": 5, "graph_sizes": (1, 2, 4, 5)},
+    "more sequences than graphs": {"max_num_seqs": 600, "graph_sizes": (1, 2)},
+}
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_tables_recover_what_steps_cost(name):
+    where = room(**ROOMS[name])
+    grid, tables, _ = measured(where)
+    assert tables["base_chunk"] == 64
+    assert tables["max_tokens"] == min(where.max_tokens, 64 * where.limits.max_num_seqs)
+    assert tables["graph_sizes"] == list(where.graph_sizes)
+    assert as_curve(tables["eager"], "tokens") == {num: eager_ns(num) for num in grid.tokens}
+    sizes = where.graph_sizes
+    assert as_curve(tables["decode"], "batches") == {num: decode_ns(num, sizes) for num in grid.decode_batches}
+    assert as_curve(tables["mixed"], "batches") == {num: mixed_ns(num) for num in grid.mixed_batches}
+    assert as_curve(tables["head"], "rows") == {num: head_ns(num) for num in grid.mixed_batches}
+    if sizes:
+        assert as_curve(tables["graph_head"], "rows") == {num: graph_head_ns(num, sizes) for num in sizes}
+    else:
+        assert tables["graph_head"] is None
+    assert tables["gap"] == GAPS_NS
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_attention_is_what_is_beyond_the_base(name):
+    grid, tables, _ = measured(room(**ROOMS[name]))
+    decode = tables["decode_attention"]
+    assert (decode["batches"], decode["contexts"]) == (list(grid.batches), list(grid.contexts))
+    for (row, num), (column, context) in product(enumerate(grid.batches), enumerate(grid.contexts)):
+        fits = num * math.ceil((context + DRIFT) / grid.room.limits.block_size) <= grid.room.limits.num_blocks
+        assert decode["ns"][row][column] == (num * 11 * (context - 16) if fits else None), (num, context)
+    prefill = tables["prefill_attention"]
+    assert (prefill["queries"], prefill["starts"]) == (list(grid.queries), list(grid.starts))
+    for (row, num), (column, start) in product(enumerate(grid.queries), enumerate(grid.starts)):
+        one, each, most = prefill["one_ns"][row][column], prefill["each_ns"][row][column], grid.num_each(num, start)
+        if start + num > grid.room.limits.max_model_len:
+            assert (one, each, most) == (None, None, 0)
+        else:
+            fitting = grid.room.limits.num_blocks // math.ceil((start + num) / grid.room.limits.block_size)
+            assert most == min(16, grid.room.max_tokens // num, grid.room.limits.max_num_seqs, fitting)
+            assert one == one_ns(start, num)
+            assert each == (one if most == 1 else one // 2), (num, start)
+
+
+def as_curve(table, points):
+    assert all(a < b for a, b in zip(table[points], table[points][1:], strict=False))
+    return dict(zip(table[points], table["ns"], strict=True))
+
+
+def test_transfers_are_of_a_stage_that_waits():
+    for depth in (2, 3):
+        grid, tables, _ = measured(room(depth=depth, max_in_flight=depth + 1, graph_sizes=()))
+        assert grid.transfer_tokens[0] == 1
+        assert grid.transfer_tokens[-1] == 1100
+        assert as_curve(tables["transfer"], "tokens") == {num: transfer_ns(num) for num in grid.transfer_tokens}
+    assert measured(room())[1]["transfer"] is None
+
+
+def test_what_does_not_fit_the_cache_is_null():
+    small = room(num_blocks=300, graph_sizes=())  # of 16 tokens
+    grid, tables, workers = measured(small)
+    decode = tables["decode_attention"]
+    assert dict(zip(decode["batches"], decode["ns"], strict=True))[8] == [0, 8 * 11 * 240, 8 * 11 * 496, None, None]
+    assert grid.num_each(256, 2048) == 2  # of 144 blocks each
+    prefill = tables["prefill_attention"]
+    rows = dict(zip(prefill["queries"], prefill["each_ns"], strict=True))
+    assert rows[256] == [one_ns(start, 256) // 2 for start in grid.starts]
+    assert rows[1024] == [one_ns(start, 1024) for start in (0, 512, 1024)] + [None]
+    assert len(workers.written) == 300
+
+
+def test_checks_are_measured_as_they_say():
+    for depth in (1, 2):
+        grid, tables, workers = measured(room(depth=depth, max_in_flight=depth + 1))
+        assert len(tables["checks"]) == 24
+        assert sum(not check["chunks"] for check in tables["checks"]) == 8
+        for check, mix in zip(tables["checks"], grid.checks, strict=True):
+            assert [tuple(chunk) for chunk in check["chunks"]] == list(mix.chunks)
+            assert check["num_sampled"] == len(check["contexts"]) + mix.num_final
+            layers, head, _ = workers.cost(mix)
+            assert sum(check["stage_ns"]) == layers + head
+            assert len(check["stage_ns"]) == depth
+        assert len({len(check["contexts"]) for check in tables["checks"]}) > 8
+
+
+def test_quick_is_a_tenth_of_the_steps():
+    where = room(graph_sizes=(), max_tokens=2048, max_num_seqs=256, num_blocks=100_000, max_model_len=40_000)
+    assert len(make_grid(where, quick=True).mixes()) * 5 < len(make_grid(where).mixes())
+    _, tables, _ = measured(where, quick=True)
+    assert len(tables["checks"]) == 6
+    assert as_curve(tables["decode"], "batches") == {num: decode_ns(num, ()) for num in (1, 8, 64, 256)}
+
+
+def test_so_many_steps_are_on_the_road():
+    for given, most in ((1, 2), (2, 2), (5, 5)):
+        workers = measured(room(max_in_flight=given), quick=True)[2]
+        assert workers.most_waiting == most
+
+
+def test_decodes_pass_their_context_in_the_middle_of_an_odd_number_of_steps():
+    where = room()
+    workers = FakeWorkers(where)
+    maker = StepMaker(where.limits, VOCAB_SIZE, max_tokens=where.max_tokens, first_plan=FIRST_PLAN)
+    mix = Mix(chunks=((0, 5), (30, 7)), contexts=(16, 100), num_final=1)
+    before, steps = maker.make(mix, MAX_REPEATS)
+    Session(workers, num_stages=1, max_in_flight=2).run([*before, *steps])
+    repeated = workers.mixes[len(before) :]
+    assert repeated[DRIFT] == mix
+    assert [each.contexts[1] for each in repeated] == list(range(96, 105))
+    assert [[(chunk.slot, chunk.final) for chunk in step.chunks] for step in steps] == [
+        [(2, False), (3, True)]
+    ] * MAX_REPEATS
+    assert sum(len(step.grown) for step in steps) == 2, "each slot grows once"
+
+
+def test_a_gpus_cache_is_filled_first():
+    for num_blocks in (4000, 130):
+        grid = make_grid(room(num_blocks=num_blocks))
+        workers = FakeWorkers(grid.room)
+        maker = StepMaker(grid.room.limits, VOCAB_SIZE, max_tokens=grid.room.max_tokens, first_plan=FIRST_PLAN)
+        profiler._fill(Session(workers, num_stages=1, max_in_flight=2), maker, grid.room)
+        assert workers.written == set(range(num_blocks))
+
+
+@pytest.mark.parametrize("few", [{"max_tokens": 127}, {"max_num_seqs": 1}, {"max_model_len": 63}, {"num_blocks": 7}])
+def test_too_little_room(few):
+    with pytest.raises(ValueError, match=r"a profile needs steps of two prompts of 64 tokens; raise --max-tokens-per"):
+        make_grid(room(**few))
+
+
+def test_the_host_is_timed_where_nothing_else_delays_it():
+    # The second and the fourth step were decided while another one was on the road.
+    dispatched, starts = [100, 150, 400, 450, 900], [107, 207, 411, 510, 909]
+    ends, done = [200, 300, 500, 600, 990], [230, 330, 520, 640, 1025]
+    assert host_times(dispatched, starts, ends, done) == (9, 30)
+    assert host_times([100], [90], [200], [190]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA A100-SXM4-40GB", "a100-40g"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80g"),
+        ("NVIDIA L40S", "l40s"),
+        ("NVIDIA L4", "l4"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("NVIDIA GeForce RTX 3090", None),
+        ("cpu", None),
+    ],
+)
+def test_devices_have_the_simulators_names(device, name):
+    assert gpu_name(device) == name
+
+
+def test_the_simulators_gpus_are_known():
+    assert set(GPU_NAMES) == set(GPUS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("qwen3")
+    make("qwen3", folder)
+    return folder
+
+
+OPTIONS = ("--device", "cpu", "--max-num-seqs", 4, "--num-blocks", 200)
+
+
+@pytest.mark.parametrize(
+    ("pp", "options", "max_tokens"), [(1, ("--out", "found.json"), 256), (2, ("--max-tokens-per-step", 128), 128)]
+)
+def test_real_workers(pp, options, max_tokens, folder, tmp_path):
+    out = tmp_path / ("found.json" if "--out" in options else f"profile_{folder.name}_pp{pp}_cpu.json")
+    options = ("--model", folder, *OPTIONS, "--quick", "--quiet", "--pp", pp, *options)
+    with Command("profile", *options, cwd=tmp_path) as command:
+        assert command.ended() == (0, []), command.err
+        assert command.left() == []
+        assert command.out.splitlines()[-1] == f"profile {out.name}"
+    assert list(tmp_path.iterdir()) == [out]
+    found = json.loads(out.read_text())
+    assert {key: found[key] for key in ("format", "version", "gpu", "device", "dtype", "layers", "num_blocks")} == {
+        "format": "gllm-profile",
+        "version": 1,
+        "gpu": None,
+        "device": "cpu",
+        "dtype": "float32",
+        "layers": 3,
+        "num_blocks": 200,
+    }
+    assert (found["parallel"], found["attention_backend"]) == ({"pp": pp, "tp": 1, "ep": 1}, "torch")
+    assert found["made"]["command"].startswith("python -m gllm.runtime profile --model qwen3")
+    assert str(folder) not in out.read_text()
+    assert_whole(found, pp, max_tokens)
+    assert read_profile(out).parallel.pp == pp
+    assert len(gist(found)) == 8
+
+
+def assert_whole(found, pp, max_tokens):
+    """All tables have their shapes, and times that cannot be negative are not."""
+    assert found["max_tokens"] == max_tokens
+    assert (found["graph_sizes"], found["graph_head"]) == ([], None)
+    tokens = [1, 4, 16, 64, max_tokens]
+    curves = [("decode", "batches", [1, 4]), ("eager", "tokens", tokens), ("head", "rows", [1, 3])]
+    if pp > 1:
+        curves.append(("transfer", "tokens", tokens))
+    else:
+        assert found["transfer"] is None
+    for table, points, expected in curves:
+        assert found[table][points] == expected
+        assert len(found[table]["ns"]) == len(expected)
+        assert min(found[table]["ns"]) > 0
+    assert found["mixed"]["batches"] == [1, 3]
+    assert found["decode_attention"] == {"batches": [1, 4], "contexts": [16], "ns": [[0], [0]]}
+    prefill = found["prefill_attention"]
+    queries = [num for num in (1, 256) if num <= min(max_tokens, 256)]
+    assert (prefill["queries"], prefill["starts"], prefill["one_ns"][0]) == (queries, [0], [0])
+    assert [len(row) for row in prefill["each_ns"]] == [1] * len(queries)
+    assert min(*found["gap"].values(), *found["host"].values()) > 0
+    assert all(len(check["stage_ns"]) == pp and min(check["stage_ns"]) > 0 for check in found["checks"])
+
+
+RAISES = """
+import importlib.abc, importlib.util, sys
+def install():
+    import gllm.runtime.worker.stage as stage
+    run = stage.Stage.run
+    def broken(self, step):
+        if step.plan == 450:  # its engine needs 400
+            raise RuntimeError("out of luck")
+        return run(self, step)
+    stage.Stage.run = broken
+class Finder(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name != "gllm.runtime.worker.worker":
+            return None
+        sys.meta_path.remove(self)
+        install()
+        return importlib.util.find_spec(name)
+sys.meta_path.insert(0, Finder())
+"""
+
+
+def test_a_worker_that_fails_ends_it(folder, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(RAISES)
+    out = tmp_path / "out"
+    out.mkdir()
+    with Command(
+        "profile", "--model", folder, *OPTIONS, "--quiet", "--out", out / "found.json", site=tmp_path
+    ) as command:
+        status, lines = command.ended()
+        said = "gllm: error: worker 0 failed: RuntimeError: out of luck (GLLM_TRACEBACK=1 shows where)"
+        assert (status, lines) == (1, [said])
+        assert (command.left(), list(out.iterdir())) == ([], [])
+
+
+def test_ctrl_c_leaves_nothing(folder, tmp_path):
+    with Command("profile", "--model", folder, *OPTIONS, "--quiet", "--out", tmp_path / "found.json") as command:
+        until(lambda: command.pids("worker"))
+        command.interrupt()
+        assert command.ended() == (130, ["gllm: interrupted"])
+        assert (command.left(), list(tmp_path.iterdir())) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (("--out", "{tmp}/no/such/file.json"), "no/such/file.json: cannot be written (No such file or directory)"),
+        (("--out", "{tmp}"), ": is a folder; name a file"),
+        (("--out", "{tmp}/file/found.json"), "cannot be written (Not a directory)"),
+        (("--nnodes", "2", "--pp", "2", "--rdzv-endpoint", "127.0.0.1:1"), "leave --nnodes out"),
+        (("--tp", "3"), "--tp 3 does not divide"),
+        (("--max-tokens-per-step", "0"), "argument --max-tokens-per-step"),
+    ],
+)
+def test_mistakes_are_told_before_anything_starts(args, said, tmp_path, monkeypatch, capsys):
+    def start(*_):
+        raise AssertionError("started")
+
+    monkeypatch.setattr(process, "start", start)
+    (tmp_path / "file").touch()
+    try:
+        status = main(["profile", *(arg.format(tmp=tmp_path) for arg in args)])
+    except SystemExit as error:
+        status = error.code
+    lines = capsys.readouterr().err.splitlines()
+    assert (status, len(lines)) == (2, 1)
+    assert said in lines[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
