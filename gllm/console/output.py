@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gllm.report.decision_log import LOG_NAME
+from gllm.report.files import RECORD_NAME, REPORT_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -16,11 +17,14 @@ if TYPE_CHECKING:
 TRACE_NAME = "trace.jsonl.gz"
 """The requests of a measured run as its engine saw them, in our own format."""
 
-RUN_FILES = frozenset({"report.html", "report.json", "requests.csv", "timeline.json", LOG_NAME, TRACE_NAME})
+RUN_FILES = frozenset({"report.html", REPORT_NAME, RECORD_NAME, "requests.csv", "timeline.json", LOG_NAME, TRACE_NAME})
 """What a replay leaves in its folder; the trace only if the run was measured."""
 
 COMPARISON_FILES = frozenset({"compare.html", "compare.json", "compare.csv", "runs"})
 """What a comparison leaves in its folder; `runs` holds a folder of `RUN_FILES` for each run."""
+
+FIDELITY_FILES = frozenset({"fidelity.html", "fidelity.json", "timeline.json", LOG_NAME})
+"""What a comparison of the twins leaves in its folder; the log is the simulated one."""
 
 _ASIDE = ".gllm."
 

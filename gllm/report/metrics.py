@@ -248,9 +248,11 @@ def _batches(record: RunRecord) -> dict[str, Any]:
 def _cache(record: RunRecord) -> dict[str, Any]:
     """Prefix hits of admitted requests; KV use, its mean over active time after the first dispatch."""
     admitted = record.requests[record.requests["scheduled_ns"] >= 0]
-    use = kv_use(record)
+    use, free = kv_use(record), record.batches["num_free_blocks"]
     return {
         "num_preemptions": int(record.requests["num_preemptions"].sum()),
+        "num_cached_tokens": int(admitted["num_cached_tokens"].sum()),
+        "num_peak_blocks": record.num_blocks - int(free.min()) if free.size else None,
         "prefix_hit_rate": ratio(admitted["num_cached_tokens"].sum(), admitted["num_prompt_tokens"].sum()),
         "kv_use": {"mean": _kv_mean(record, use), "peak": float(use.max()) if use.size else None},
     }

@@ -113,28 +113,39 @@ def _objective(axes: Axes, at: float, *, met: float) -> None:
 
 def _tokens(record: RunRecord) -> Chart:
     """Tokens per micro-batch over time, prefill stacked on decode."""
-    rows, clock = record.batches, series.clock(record)
-    size = -(-rows.size // series.MAX_POINTS)
+    clock = series.clock(record)
+
+    def paint(figure: Figure) -> None:
+        axes = figure.subplots()
+        paint_tokens(axes, record, clock)
+        legend_above(axes)
+
+    size = _group_size(record)
+    thinned = f"the mean of {size:,} consecutive micro-batches (grey: the largest of them)"
+    note = f"Each step is {thinned if size > 1 else 'one micro-batch, held until the next'}. A pipeline wants it flat."
+    return Chart(title="Tokens in each micro-batch", note=note, svg=draw("tokens", paint))
+
+
+def paint_tokens(axes: Axes, record: RunRecord, clock: series.Clock) -> None:
+    """Tokens per micro-batch over time; of a long run the means of consecutive ones."""
+    rows, size = record.batches, _group_size(record)
     time = rows["dispatched_ns"][::size] / clock.ns_per_unit
     decode, _ = series.grouped(rows["num_decode_tokens"], size)
     prefill, _ = series.grouped(rows["num_prefill_tokens"], size)
     _, peak = series.grouped(rows["num_decode_tokens"] + rows["num_prefill_tokens"], size)
+    time_end = np.append(time, record.done_ns.max(initial=0) / clock.ns_per_unit)
+    layers = [np.append(layer, layer[-1]) for layer in (decode, decode + prefill, peak)]
+    if size > 1:
+        axes.step(time_end, layers[2], where="post", color=ENVELOPE, linewidth=0.7, label="largest batch")
+    shape: dict[str, Any] = {"step": "post", "linewidth": 0}
+    axes.fill_between(time_end, layers[0], layers[1], color=PREFILL, label="prefill", **shape)
+    axes.fill_between(time_end, 0, layers[0], color=DECODE, label="decode", **shape)
+    _over_time(axes, clock, "tokens per micro-batch")
 
-    def paint(figure: Figure) -> None:
-        axes = figure.subplots()
-        time_end = np.append(time, record.done_ns.max(initial=0) / clock.ns_per_unit)
-        layers = [np.append(layer, layer[-1]) for layer in (decode, decode + prefill, peak)]
-        if size > 1:
-            axes.step(time_end, layers[2], where="post", color=ENVELOPE, linewidth=0.7, label="largest batch")
-        shape: dict[str, Any] = {"step": "post", "linewidth": 0}
-        axes.fill_between(time_end, layers[0], layers[1], color=PREFILL, label="prefill", **shape)
-        axes.fill_between(time_end, 0, layers[0], color=DECODE, label="decode", **shape)
-        _over_time(axes, clock, "tokens per micro-batch")
-        legend_above(axes)
 
-    thinned = f"the mean of {size:,} consecutive micro-batches (grey: the largest of them)"
-    note = f"Each step is {thinned if size > 1 else 'one micro-batch, held until the next'}. A pipeline wants it flat."
-    return Chart(title="Tokens in each micro-batch", note=note, svg=draw("tokens", paint))
+def _group_size(record: RunRecord) -> int:
+    """How many micro-batches one point of a time series stands for."""
+    return -(-record.batches.size // series.MAX_POINTS)
 
 
 def _token_distribution(record: RunRecord, summary: Summary) -> Chart:

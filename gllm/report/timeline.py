@@ -3,6 +3,9 @@
 One process is the pipeline with a lane a stage and counters for the cache and the queue; another holds the requests,
 each in a free lane, as its phases queued, prefill and decode. Time stamps are microseconds with nanosecond decimals.
 Long runs keep their beginning: an unbroken stretch tells more than a sample. What is left out is counted in the file.
+
+Of two runs of one trace (`write_twin_timeline`) the first process has both runs' lanes of stage 0 above each other,
+then those of stage 1, and so on; each run's counters are a process of their own. Both clocks begin with the trace.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from gllm.report.metrics import has_status, horizon_ns, kv_use
 from gllm.report.record import STATUSES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator, Mapping
     from typing import TextIO
 
     from numpy.typing import NDArray
@@ -45,13 +48,43 @@ def write_timeline(
         "num_requests": num_requests,
         "num_requests_left_out": record.requests.size - num_requests,
     }
+    _write(file, counts, _events(record, num_batches, num_requests, num_stages))
+    return counts
+
+
+def write_twin_timeline(file: TextIO, runs: Mapping[str, RunRecord], *, max_slices: int = 200_000) -> dict[str, int]:
+    """Stream the stages of several runs, by name, as lanes above each other; return what was kept and left out."""
+    num_slices = sum(record.stage_start_ns.shape[1] for record in runs.values())
+    most = max_slices // max(num_slices, 1)
+    counts = {}
+    for name, record in runs.items():
+        counts[f"num_batches_{name}"] = min(record.batches.size, most)
+        counts[f"num_batches_{name}_left_out"] = max(record.batches.size - most, 0)
+    _write(file, counts, _twin_events(runs, most))
+    return counts
+
+
+def _write(file: TextIO, counts: Mapping[str, int], events: Iterable[str]) -> None:
     file.write(f'{{"displayTimeUnit":"ms","otherData":{json.dumps(counts)},"traceEvents":[\n')
     separator = ""
-    for event in _events(record, num_batches, num_requests, num_stages):
+    for event in events:
         file.write(separator + event)
         separator = ",\n"
     file.write("\n]}\n")
-    return counts
+
+
+def _twin_events(runs: Mapping[str, RunRecord], num_batches: int) -> Iterator[str]:
+    """All events of several runs, each as JSON text."""
+    yield from _name_process(PIPELINE, "pipelines", f"first {num_batches} batches of each run")
+    num_stages = max(record.stage_start_ns.shape[1] for record in runs.values())
+    for stage in range(num_stages):
+        for place, (name, record) in enumerate(runs.items()):
+            lane = stage * len(runs) + place
+            yield from _name_lane(PIPELINE, lane, f"stage {stage}, {name}")
+            yield from _stage(record, stage, num_batches, lane)
+    for process, (name, record) in enumerate(runs.items(), start=PIPELINE + 1):
+        yield from _name_process(process, f"{name}: cache and queue", "as each decision left them")
+        yield from _counters(record, num_batches, process)
 
 
 def _events(record: RunRecord, num_batches: int, num_requests: int, num_stages: int) -> Iterator[str]:
@@ -60,13 +93,13 @@ def _events(record: RunRecord, num_batches: int, num_requests: int, num_stages: 
     yield from _name_process(PIPELINE, "pipeline", kept)
     for stage in range(num_stages):
         yield from _name_lane(PIPELINE, stage, f"stage {stage}")
-        yield from _stage(record, stage, num_batches)
-    yield from _counters(record, num_batches)
+        yield from _stage(record, stage, num_batches, stage)
+    yield from _counters(record, num_batches, PIPELINE)
     yield from _name_process(REQUESTS, "requests", f"first {num_requests} of {record.requests.size} requests")
     yield from _requests(record, num_requests)
 
 
-def _stage(record: RunRecord, stage: int, num_batches: int) -> Iterator[str]:
+def _stage(record: RunRecord, stage: int, num_batches: int, lane: int) -> Iterator[str]:
     """What one stage computed, a slice a micro-batch."""
     rows = record.batches[:num_batches]
     columns = (
@@ -79,10 +112,10 @@ def _stage(record: RunRecord, stage: int, num_batches: int) -> Iterator[str]:
     for batch, (start, end, prefill, decode) in enumerate(zip(*(column.tolist() for column in columns), strict=True)):
         if 0 <= start <= end:
             args = f'{{"prefill_tokens":{prefill},"decode_tokens":{decode}}}'
-            yield _slice(PIPELINE, stage, f"batch {batch}: {prefill}p+{decode}d", (start, end), args)
+            yield _slice(PIPELINE, lane, f"batch {batch}: {prefill}p+{decode}d", (start, end), args)
 
 
-def _counters(record: RunRecord, num_batches: int) -> Iterator[str]:
+def _counters(record: RunRecord, num_batches: int, process: int) -> Iterator[str]:
     """Cache and queue as each decision left them; a value that stays is not repeated."""
     rows = record.batches[:num_batches]
     tracks = {
@@ -93,7 +126,7 @@ def _counters(record: RunRecord, num_batches: int) -> Iterator[str]:
     for name, column in tracks.items():
         new = np.append(True, column[1:] != column[:-1])[: column.size]
         for time, value in zip(rows["dispatched_ns"][new].tolist(), column[new].tolist(), strict=True):
-            yield f'{{"name":"{name}","ph":"C","pid":{PIPELINE},"ts":{_us(time)},"args":{{"value":{value}}}}}'
+            yield f'{{"name":"{name}","ph":"C","pid":{process},"ts":{_us(time)},"args":{{"value":{value}}}}}'
 
 
 def _requests(record: RunRecord, num_requests: int) -> Iterator[str]:

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gllm.report.files import replacing
+from gllm.report.files import REPORT_NAME, replacing
 from gllm.report.metrics import NS_PER_S, request_latencies, summarize
 from gllm.report.page import run_page
 from gllm.report.record import STATUSES
+from gllm.report.record_file import write_record
 from gllm.report.timeline import write_timeline
 
 if TYPE_CHECKING:
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
 def write_run(
     directory: Path, record: RunRecord, *, slo_ttft_s: float | None = None, slo_tpot_s: float | None = None
 ) -> dict[str, Any]:
-    """Write report.json, requests.csv, report.html and timeline.json; return the summary in report.json.
+    """Write report.json, record.npz, requests.csv, report.html and timeline.json; return the summary in report.json.
 
     Each file is whole or absent, and replaces only one of its own name. The folder is made where it is missing.
     """
     summary = summarize(record, slo_ttft_s=slo_ttft_s, slo_tpot_s=slo_tpot_s)
-    write_json(directory / "report.json", summary)
+    write_json(directory / REPORT_NAME, summary)
+    write_record(directory, record)
     with replacing(directory / "requests.csv") as file:
         request_table(record).to_csv(file, index=False, lineterminator="\n")
     with replacing(directory / "report.html") as file:

@@ -41,6 +41,8 @@ EXPECTED = {
     "decode_tokens_per_batch": {"mean": 0.6, "std": math.sqrt(0.24)},
     "num_discarded_tokens": 1,
     "num_preemptions": 1,
+    "num_cached_tokens": 4,
+    "num_peak_blocks": 4,
     "prefix_hit_rate": 0.2,
     "kv_use": {"mean": 0.225, "peak": 0.4},
     "config": {"model": "toy", "policy": {"name": "fixed"}},

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from report.made import at_random, by_hand, record
 
-from gllm.report.timeline import PIPELINE, REQUESTS, write_timeline
+from gllm.report.timeline import PIPELINE, REQUESTS, write_timeline, write_twin_timeline
 
 
 def events(made, **limits):
@@ -84,3 +84,23 @@ def test_an_empty_run_is_a_valid_timeline():
     found, counts = events(record())
     assert not slices(found, PIPELINE)
     assert set(counts.values()) == {0}
+
+
+def test_twins_lie_above_each_other():
+    out = io.StringIO()
+    counts = write_twin_timeline(out, {"measured": by_hand(), "simulated": by_hand()}, max_slices=12)
+    trace = json.loads(out.getvalue())
+    assert trace["otherData"] == counts
+    assert counts == dict.fromkeys(("num_batches_measured", "num_batches_simulated"), 3) | dict.fromkeys(
+        ("num_batches_measured_left_out", "num_batches_simulated_left_out"), 2
+    )
+    found = trace["traceEvents"]
+    names = {e["tid"]: e["args"]["name"] for e in found if e["name"] == "thread_name"}
+    assert names == {0: "stage 0, measured", 1: "stage 0, simulated", 2: "stage 1, measured", 3: "stage 1, simulated"}
+    lanes = {}
+    for event in slices(found, PIPELINE):
+        lanes.setdefault(event["tid"], []).append((event["name"], event["ts"], event["dur"]))
+    assert lanes[0] == lanes[1]
+    assert lanes[2] == lanes[3] != lanes[0]
+    assert [len(lane) for lane in lanes.values()] == [3] * 4
+    assert {event["pid"] for event in found if event["ph"] == "C"} == {PIPELINE + 1, PIPELINE + 2}

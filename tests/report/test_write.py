@@ -13,7 +13,7 @@ from gllm.report.files import replacing
 from gllm.report.metrics import summarize
 from gllm.report.write import write_run
 
-FILES = {"report.json", "report.html", "requests.csv", "timeline.json"}
+FILES = {"report.json", "record.npz", "report.html", "requests.csv", "timeline.json"}
 LONE = record(
     requests=[(0, 0, 1, 1, 5, 1, 0, 0, STOP)],
     batches=[(0, 5, 0, 5, 0, 1, -1, 0)],
