@@ -21,7 +21,7 @@ from gllm.console.terminal import say, say_json, say_table, warn
 from gllm.policy import format_policy, parse_policy
 from gllm.report.decision_log import LOG_NAME
 from gllm.sim.options import sim_config, split_policies
-from gllm.sim.replay import config_trace, rejections, setup_notes
+from gllm.sim.replay import config_trace, profile_notes, rejections, setup_notes
 from gllm.trace import TraceError
 from gllm.trace.shape import faster
 
@@ -238,6 +238,7 @@ def _compared(args: Namespace, jobs: Sequence[Job], folder: Path | None) -> int:
             warn(f"error: {name}: {outcome}")
     if not runs:
         raise ValueError("no run succeeded, nothing to compare")
+    tell(args, dict.fromkeys(note for run in runs for note in profile_notes(run)))
     _tell_rejections(args, jobs, outcomes)
     contents: Mapping[str, Any] = {"runs": runs}
     if folder is not None:

@@ -6,19 +6,21 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from gllm.core import Engine, Limits
-from gllm.model_shape import load_shape
+from gllm.model_shape import ModelShape, load_shape
 from gllm.parallel import Parallel
 from gllm.policy import format_policy, parse_policy, policy_options
 from gllm.sim.capacity import kv_capacity
 from gllm.sim.constants import RooflineConstants
 from gllm.sim.gpus import get_gpu
+from gllm.sim.profile import find_profile
+from gllm.sim.profiled import Profiled, residuals
 from gllm.sim.roofline import Roofline
 
 if TYPE_CHECKING:
     from gllm.core import Policy
-    from gllm.model_shape import ModelShape
     from gllm.sim.cost import CostModel
     from gllm.sim.gpus import Gpu
+    from gllm.sim.profile import Profile
     from gllm.trace import TraceOptions
 
 MAX_SIZED_TOKENS = 16_384
@@ -29,7 +31,7 @@ MAX_SIZED_TOKENS = 16_384
 class SimConfig:
     """A whole run but for the trace's contents. None means: what the model or the hardware gives."""
 
-    model: str = "qwen3-32b"  # a known name, a folder with a config.json, or such a file
+    model: str | ModelShape = "qwen3-32b"  # a known name, a folder with a config.json, or such a file
     gpu: str = "h200"
     parallel: Parallel = Parallel()
     policy: str = "throttle"  # NAME[:key=value,...]
@@ -40,7 +42,8 @@ class SimConfig:
     max_in_flight: int = 0  # 0: one for each stage, and one that is planned ahead
     gpu_memory_utilization: float = 0.9
     prefix_caching: bool = True
-    constants: RooflineConstants = RooflineConstants()
+    profile: str = "auto"  # whose times: a packaged profile's name, a file, auto or none (see find_profile)
+    constants: RooflineConstants = RooflineConstants()  # where they are not the defaults, auto is none
     slo_ttft_s: float | None = None
     slo_tpot_s: float | None = None
     trace: TraceOptions | None = None
@@ -51,8 +54,14 @@ class SimConfig:
         Raises:
             ValueError: One line that names the option to change.
         """
-        shape, gpu, policy = load_shape(self.model), get_gpu(self.gpu), parse_policy(self.policy)
-        cost = Roofline(shape=shape, gpu=gpu, parallel=self.parallel, constants=self.constants)
+        shape = self.model if isinstance(self.model, ModelShape) else load_shape(self.model)
+        gpu, policy = get_gpu(self.gpu), parse_policy(self.policy)
+        profile = self._profile(shape, gpu)
+        cost: CostModel
+        if profile is None:
+            cost = Roofline(shape=shape, gpu=gpu, parallel=self.parallel, constants=self.constants)
+        else:
+            cost = Profiled(profile=profile, shape=shape, gpu=gpu, parallel=self.parallel)
         max_model_len = shape.max_position_embeddings if self.max_model_len is None else self.max_model_len
         num_blocks = self.num_blocks
         if num_blocks is None:
@@ -67,7 +76,14 @@ class SimConfig:
                 kv_dtype_bytes=shape.dtype_bytes,
             )
         limits = self._limits(max_model_len, num_blocks)
-        return Setup(config=self, shape=shape, gpu=gpu, policy=policy, limits=limits, cost=cost)
+        return Setup(config=self, shape=shape, gpu=gpu, policy=policy, limits=limits, cost=cost, profile=profile)
+
+    def _profile(self, shape: ModelShape, gpu: Gpu) -> Profile | None:
+        """The profile to use; None: the roofline, which alone heeds constants."""
+        has_constants = self.constants != RooflineConstants()
+        if has_constants and self.profile not in {"auto", "none"}:
+            raise ValueError(f"--cost sets the roofline's constants, which --profile {self.profile} does without")
+        return find_profile("none" if has_constants else self.profile, shape, gpu.name, self.parallel)
 
     def _limits(self, max_model_len: int, num_blocks: int) -> Limits:
         return Limits(
@@ -95,6 +111,7 @@ class Setup:
     policy: Policy
     limits: Limits
     cost: CostModel
+    profile: Profile | None = None  # what `cost` is made from; None: the roofline
 
     def engine(self, *, keep_snapshots: bool = False) -> Engine:
         """A fresh engine."""
@@ -116,8 +133,22 @@ class Setup:
             "slo_ttft_s": config.slo_ttft_s,
             "slo_tpot_s": config.slo_tpot_s,
             "policy_options": policy_options(self.policy),
+            **self._cost_to_json(),
             "cost_constants": asdict(config.constants),
-            "model_source": config.model,
+            "model_source": config.model if isinstance(config.model, str) else self.shape.name,
             "model_shape": asdict(self.shape),
             "gpu_sheet": asdict(self.gpu),
+        }
+
+    def _cost_to_json(self) -> dict[str, Any]:
+        """Where times come from; of a profile also how exact it is, and which times so far were not its own."""
+        profile = self.profile
+        if profile is None:
+            return {"cost_model": "roofline"}
+        assert isinstance(self.cost, Profiled)
+        found = residuals(profile)
+        return {
+            "cost_model": f"profile {profile.name}, {profile.date}, {profile.device}",
+            "profile_residuals": None if found is None else found._asdict(),
+            "profile_notes": list(self.cost.notes),
         }

@@ -1,22 +1,39 @@
 """The seam between the simulated pipeline and whatever knows how long a micro-batch takes.
 
-A pipeline asks a `CostModel` for integer nanoseconds; the roofline and, later, a profile measured on hardware
-answer. What a micro-batch costs depends on a few sums over its sequences, which are `Work`.
+A pipeline asks a `CostModel` for integer nanoseconds; the roofline and a profile measured on hardware answer. What a
+micro-batch costs depends on its chunks and on a few sums over its sequences, which are `Work`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
 COMPONENTS = ("gemm", "prefill_attention", "decode_attention", "head", "all_reduce", "other", "launch")
 """Keys of `CostModel.components`. `launch` is the time a stage waits for its host to launch kernels."""
 
 
+class Chunk(Protocol):
+    """Prompt tokens [start, start + num_tokens) of one sequence."""
+
+    @property
+    def start(self) -> int:
+        """Tokens before it, which it attends to."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens computed."""
+
+
 class Work(Protocol):
-    """Sums over the sequences of one micro-batch; at least one token."""
+    """One micro-batch: its chunks, and sums over its sequences; at least one token."""
+
+    @property
+    def chunks(self) -> Sequence[Chunk]:
+        """Prompt tokens computed, chunk by chunk."""
 
     @property
     def num_prefill_tokens(self) -> int:
@@ -64,5 +81,53 @@ class CostModel(Protocol):
     def transfer_ns(self, work: Work) -> int:
         """How long activations travel from one stage to the next; zero with a single stage."""
 
+    def gap_ns(self, work: Work) -> int:
+        """How long a stage needs between the end of its last micro-batch and the start of this one, both there."""
+
     def components(self, work: Work) -> Mapping[str, Sequence[float]]:
         """Split `stage_ns` by component: for each of `COMPONENTS` one value per stage. Not for hot paths."""
+
+
+class ChunkWork(NamedTuple):
+    """`Chunk` as a plain value."""
+
+    start: int
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchWork:
+    """`Work` as a plain value."""
+
+    chunks: tuple[ChunkWork, ...] = ()
+    num_prefill_tokens: int = 0
+    num_decode_tokens: int = 0
+    prefill_pairs: int = 0
+    prefill_context: int = 0
+    decode_context: int = 0
+    num_sampled: int = 0
+
+
+def batch_work(
+    *,
+    chunks: Iterable[tuple[int, int]] = (),
+    contexts: Iterable[int] = (),
+    num_sampled: int | None = None,
+) -> BatchWork:
+    """Sum up a micro-batch.
+
+    Args:
+        chunks: of each prefill chunk, the tokens before it and its own.
+        contexts: of each decoding sequence, its length with the new token.
+        num_sampled: rows through the head; by default every chunk and decode, as if each chunk ended its prompt.
+    """
+    parts, lengths = tuple(ChunkWork(*chunk) for chunk in chunks), list(contexts)
+    return BatchWork(
+        chunks=parts,
+        num_prefill_tokens=sum(count for _, count in parts),
+        num_decode_tokens=len(lengths),
+        prefill_pairs=sum(count * start + count * (count + 1) // 2 for start, count in parts),
+        prefill_context=sum(start + count for start, count in parts),
+        decode_context=sum(lengths),
+        num_sampled=len(parts) + len(lengths) if num_sampled is None else num_sampled,
+    )

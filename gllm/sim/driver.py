@@ -79,7 +79,7 @@ class Simulation:
         self._view = engine.view
         self._host_ns, self._return_ns = cost.host_ns, cost.return_ns
         # Bound once: these are called for every micro-batch.
-        self._stage_ns, self._transfer_ns = cost.stage_ns, cost.transfer_ns
+        self._stage_ns, self._transfer_ns, self._gap_ns = cost.stage_ns, cost.transfer_ns, cost.gap_ns
         self._recorder = recorder
         self._log = log
         limits = engine.limits
@@ -183,7 +183,8 @@ class Simulation:
         view = self._view
         costs = self._stage_ns(plan)
         after = plan.depends_on if self._looks_ahead else NEVER  # else its tokens are back already
-        ends = self._submit(now + self._host_ns, costs, self._transfer_ns(plan), self._return_ns, after)
+        ready, transfer, gap = now + self._host_ns, self._transfer_ns(plan), self._gap_ns(plan)
+        ends = self._submit(ready, costs, transfer, gap, self._return_ns, after)
         stopped: list[Stopped] = []
         self._flights.append((plan, costs, ends, stopped, now, (view.num_waiting, view.num_running)))
         for sequence in plan.prefilled:

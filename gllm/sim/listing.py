@@ -1,14 +1,16 @@
-"""`traces`, `models`, `gpus`, `policies`: what is known, in tables."""
+"""`traces`, `models`, `gpus`, `profiles`, `policies`: what is known, in tables."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gllm.console.terminal import say_table
+from gllm.console.terminal import say, say_table
 
 if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Iterable, Sequence
+
+    from gllm.sim.profile import Profile
 
 _GIB = 1 << 30
 
@@ -74,6 +76,34 @@ def gpus(_: Namespace) -> int:
         ),
     )
     return 0
+
+
+def profiles(_: Namespace) -> int:
+    """Profiles that come with the package."""
+    from gllm.sim.profile import list_profiles  # noqa: PLC0415
+
+    found = list_profiles()
+    if not found:
+        say("no profiles come with this version; python -m gllm.runtime profile writes one, --profile FILE uses it")
+        return 0
+    columns = ("name", "model", "GPU", ">pp", ">tp", ">ep", "device", "date", "error over its checks")
+    _print("Profiles: --profile NAME", columns, map(_profile_row, found))
+    return 0
+
+
+def _profile_row(profile: Profile) -> tuple[str, ...]:
+    from gllm.sim.profiled import residuals  # noqa: PLC0415
+
+    spread, found = profile.parallel, residuals(profile)
+    return (
+        profile.name,
+        profile.shape.name,
+        profile.gpu or "",
+        *map(str, (spread.pp, spread.tp, spread.ep)),
+        profile.device,
+        profile.date,
+        f"mean {found.mean:+.1%}, worst {found.worst:+.1%}" if found is not None else "none made",
+    )
 
 
 def policies(_: Namespace) -> int:

@@ -47,11 +47,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gpu", default="h200", help="see gpus (default: h200)")
     add_parallel_options(group, DEFAULT_STAGES)
     group.add_argument(
+        "--profile",
+        default="auto",
+        metavar="FILE|auto|none",
+        help="times measured on GPUs: a file, or a name of those listed by profiles; "
+        "auto: the one of this model and GPU, else a roofline; none: a roofline (default: auto)",
+    )
+    group.add_argument(
         "--cost",
         action="append",
         default=[],
         metavar="KEY=VALUE,...",
-        help="constants of the cost model, such as host_ns=500000",
+        help="constants of the roofline, such as host_ns=500000; with it, auto is none",
     )
 
 
@@ -71,6 +78,7 @@ def sim_config(args: argparse.Namespace, policy: str) -> SimConfig:
         max_in_flight=args.max_in_flight,
         gpu_memory_utilization=args.gpu_memory_utilization,
         prefix_caching=args.prefix_caching,
+        profile=args.profile,
         constants=cost_constants(args.cost),
         slo_ttft_s=args.slo_ttft,
         slo_tpot_s=args.slo_tpot,

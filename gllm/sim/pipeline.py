@@ -2,7 +2,7 @@
 
 The recurrence is exact for FIFO stages and costs one event a micro-batch:
 
-    start[k][s] = max(end[k][s-1] + transfer[k], end[k-1][s])
+    start[k][s] = max(end[k][s-1] + transfer[k], end[k-1][s] + gap[k])
     end[k][s]   = start[k][s] + cost[k][s]
 
 The process-per-stage pipeline says the same thing in simpy's words. It is slower and stays as the
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 RESULT: Final = 2
 WAKE: Final = 3
 """simpy priorities below NORMAL (1): an instant's arrivals first, then its results, then what is left to decide."""
+
+_NEVER: Final = -(1 << 62)
+"""When a stage that has computed nothing yet ended its last micro-batch."""
 
 
 class Instant(simpy.Event):
@@ -48,8 +51,8 @@ Done = Callable[["simpy.Event"], None]
 class Pipeline(Protocol):
     """Takes micro-batches 0, 1, 2, ... and is done with each `return_ns` after its last stage has ended."""
 
-    def submit(
-        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int
+    def submit(  # noqa: PLR0917 - called for every micro-batch, where names cost
+        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, gap_ns: int, return_ns: int, after: int
     ) -> Sequence[int]:
         """Enter the next micro-batch; return when each stage ends it, complete when its result is back.
 
@@ -57,6 +60,7 @@ class Pipeline(Protocol):
             ready_ns: stage 0 may start then.
             costs_ns: how long each stage computes.
             transfer_ns: from one stage to the next.
+            gap_ns: each stage needs between its last micro-batch and this one.
             return_ns: from the last stage back to the engine.
             after: the batch whose sampled tokens stage 0 needs, if it may still be on the road; else -1. With one
                 stage they are on its GPU already, with more they come back by way of the engine.
@@ -75,13 +79,13 @@ class RecurrencePipeline:
         self._exit = env.event()
         self._exit._ok = True  # noqa: SLF001
         self._callbacks = self._exit.callbacks = [self._rearm, done]
-        self._ends = [0] * num_stages
+        self._ends: Sequence[int] = [_NEVER] * num_stages
         self._memory = memory
         self._exits: deque[int] = deque(maxlen=memory)
         self._count = 0
 
-    def submit(
-        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int
+    def submit(  # noqa: PLR0917
+        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, gap_ns: int, return_ns: int, after: int
     ) -> Sequence[int]:
         """Enter the next micro-batch."""
         time = ready_ns
@@ -89,8 +93,8 @@ class RecurrencePipeline:
             time = max(time, self._exits[after - self._count] + (return_ns if len(self._ends) > 1 else 0))
         ends = []
         for cost, end in zip(costs_ns, self._ends):  # noqa: B905 - `strict` costs as much as the loop
-            if end > time:  # noqa: PLR1730 - the hottest loop of all: a call of max() costs more than the rest
-                time = end
+            if end + gap_ns > time:  # noqa: PLR1730 - the hottest loop of all: a call of max() costs more than the rest
+                time = end + gap_ns
             time += cost
             ends.append(time)
             time += transfer_ns
@@ -117,27 +121,28 @@ class ProcessPipeline:
         for stage in range(num_stages):
             env.process(self._stage(stage))
 
-    def submit(
-        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, return_ns: int, after: int
+    def submit(  # noqa: PLR0917
+        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, gap_ns: int, return_ns: int, after: int
     ) -> Sequence[int]:
         """Enter the next micro-batch."""
         token = self._exits[after] if after >= 0 else None
         self._exits.append(self._env.event())
         ends: list[int] = []
-        self._queues[0].put(_Job(ready_ns, costs_ns, transfer_ns, return_ns, token, self._exits[-1], ends))
+        self._queues[0].put(_Job(ready_ns, costs_ns, transfer_ns, gap_ns, return_ns, token, self._exits[-1], ends))
         return ends
 
     def _stage(self, stage: int) -> Generator[simpy.Event, Any, None]:
-        env = self._env
+        env, end = self._env, _NEVER
         while True:
             job: _Job = yield self._queues[stage].get()
             arrival = job.ready_ns if stage == 0 else job.ends[-1] + job.transfer_ns
             if stage == 0 and job.token is not None:
                 exit_ns = yield job.token
                 arrival = max(arrival, exit_ns + (job.return_ns if len(self._queues) > 1 else 0))
-            yield env.timeout(max(0, arrival - env.now))
+            yield env.timeout(max(0, arrival - env.now, end + job.gap_ns - env.now))
             yield env.timeout(job.costs_ns[stage])
-            job.ends.append(int(env.now))
+            end = int(env.now)
+            job.ends.append(end)
             if stage + 1 < len(self._queues):
                 self._queues[stage + 1].put(job)
             else:
@@ -149,6 +154,7 @@ class _Job(NamedTuple):
     ready_ns: int
     costs_ns: Sequence[int]
     transfer_ns: int
+    gap_ns: int
     return_ns: int
     token: simpy.Event | None
     exit: simpy.Event

@@ -14,7 +14,7 @@ are taken is its own rule. An engine's loop on real workers keeps the same rules
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from gllm.core import Engine, PlanError, StallError, Stopped
 from gllm.report.decision_log import DecisionLog, decision_line
@@ -25,12 +25,12 @@ from gllm.sim.pipeline import RESULT, Instant
 from gllm.sim.recording import Moment
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import simpy
 
-    from gllm.core import Request, StepResult, Turn
+    from gllm.core import Plan, Request, StepResult, Turn
     from gllm.sim.cost import Work
     from gllm.sim.driver import Arrival
     from gllm.sim.pipeline import Done
@@ -45,11 +45,11 @@ class Replica(NamedTuple):
     failure: str | None  # what the simulated engine raised, if it did
 
 
-def simulate_recording(recording: Recording, log_path: Path) -> Replica:
-    """Play a recording's happenings to a fresh engine; write its decision log."""
+def simulate_recording(recording: Recording, log_path: Path, watch: Callable[[Plan], object] | None = None) -> Replica:
+    """Play a recording's happenings to a fresh engine; write its decision log. `watch` is shown each plan."""
     engine = Engine(recording.policy, recording.limits, keep_snapshots=recording.has_views)
     script = RecordedScript(recording)
-    cost, failure = _NoCost(), None
+    cost, failure = _NoCost(watch), None
 
     def pipeline(env: simpy.Environment, num_stages: int, memory: int, done: Done) -> RecordedPipeline:  # noqa: ARG001
         return RecordedPipeline(env, recording.returns_ns, done)
@@ -74,11 +74,12 @@ class RecordedPipeline:
         self._returns_ns = returns_ns
         self._count = 0
 
-    def submit(
+    def submit(  # noqa: PLR0917 - as the pipelines have it
         self,
         ready_ns: int,  # noqa: ARG002
         costs_ns: Sequence[int],  # noqa: ARG002
         transfer_ns: int,  # noqa: ARG002
+        gap_ns: int,  # noqa: ARG002
         return_ns: int,  # noqa: ARG002
         after: int,  # noqa: ARG002
     ) -> Sequence[int]:
@@ -169,10 +170,18 @@ class _NoCost:
 
     num_stages, host_ns, return_ns = 1, 0, 0
 
-    def stage_ns(self, work: Work) -> Sequence[int]:  # noqa: ARG002
+    def __init__(self, watch: Callable[[Plan], object] | None) -> None:
+        self._watch = watch
+
+    def stage_ns(self, work: Work) -> Sequence[int]:
+        if self._watch is not None:
+            self._watch(cast("Plan", work))  # a driver asks once for each plan, in order
         return (0,)
 
     def transfer_ns(self, work: Work) -> int:  # noqa: ARG002
+        return 0
+
+    def gap_ns(self, work: Work) -> int:  # noqa: ARG002
         return 0
 
     def components(self, work: Work) -> Mapping[str, Sequence[float]]:  # noqa: ARG002

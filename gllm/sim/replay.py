@@ -32,6 +32,7 @@ def replay(args: Namespace) -> int:
         with staged(Path(args.out), RUN_FILES) as folder:
             summary = _written(args, config, folder)
     tell(args, setup_notes(setup))
+    tell(args, profile_notes(summary))
     tell(args, rejections(setup, summary))
     show_run(args, summary)
     return 0
@@ -42,6 +43,15 @@ def setup_notes(setup: Setup) -> Iterator[str]:
     trained, longest = setup.shape.max_position_embeddings, setup.limits.max_model_len
     if longest > trained:
         yield f"--max-model-len {longest:,} exceeds the {trained:,} positions of {setup.shape.name}; taken as scaled"
+    profile = setup.profile
+    if profile is not None:
+        yield f"times are those of profile {profile.name}, made {profile.date} on {profile.device}"
+
+
+def profile_notes(summary: Summary) -> list[str]:
+    """Which times of a run were not the profile's own."""
+    notes: list[str] = summary["config"].get("profile_notes", [])
+    return notes
 
 
 def rejections(setup: Setup, summary: Summary) -> Iterator[str]:

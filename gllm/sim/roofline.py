@@ -257,6 +257,10 @@ class Roofline:
         num_tokens = work.num_prefill_tokens + work.num_decode_tokens
         return int(self._hop_ns + num_tokens * self._hop_token_ns) if self.num_stages > 1 else 0
 
+    def gap_ns(self, work: Work) -> int:  # noqa: ARG002 - gaps between kernels are in the stages' times
+        """One micro-batch follows on the other."""
+        return 0
+
     def components(self, work: Work) -> dict[str, list[float]]:
         """Split `stage_ns` by component; for each, one value per stage."""
         rows = [self._kind_components(work, kind) for kind in self._kinds]

@@ -1,4 +1,4 @@
-"""Micro-batches as plain values, and a cost model whose times a reader can work out by hand."""
+"""A cost model whose times a reader can work out by hand."""
 
 from __future__ import annotations
 
@@ -8,45 +8,7 @@ from typing import TYPE_CHECKING
 from gllm.sim.cost import COMPONENTS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from gllm.sim.cost import Work
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchWork:
-    """`Work` as a plain value."""
-
-    num_prefill_tokens: int = 0
-    num_decode_tokens: int = 0
-    prefill_pairs: int = 0
-    prefill_context: int = 0
-    decode_context: int = 0
-    num_sampled: int = 0
-
-
-def batch_work(
-    *,
-    chunks: Iterable[tuple[int, int]] = (),
-    contexts: Iterable[int] = (),
-    num_sampled: int | None = None,
-) -> BatchWork:
-    """Sum up a micro-batch.
-
-    Args:
-        chunks: of each prefill chunk, the tokens before it and its own.
-        contexts: of each decoding sequence, its length with the new token.
-        num_sampled: rows through the head; by default every chunk and decode, as if each chunk ended its prompt.
-    """
-    parts, lengths = list(chunks), list(contexts)
-    return BatchWork(
-        num_prefill_tokens=sum(count for _, count in parts),
-        num_decode_tokens=len(lengths),
-        prefill_pairs=sum(count * start + count * (count + 1) // 2 for start, count in parts),
-        prefill_context=sum(start + count for start, count in parts),
-        decode_context=sum(lengths),
-        num_sampled=len(parts) + len(lengths) if num_sampled is None else num_sampled,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +19,7 @@ class FixedCost:
     batch_ns: int = 1_000_000
     token_ns: int = 0
     hop_ns: int = 0
+    between_ns: int = 0
     host_ns: int = 0
     return_ns: int = 0
 
@@ -68,6 +31,10 @@ class FixedCost:
     def transfer_ns(self, work: Work) -> int:  # noqa: ARG002 - a hop takes the same for any work
         """How long a hop between stages takes; zero with a single stage."""
         return self.hop_ns if self.num_stages > 1 else 0
+
+    def gap_ns(self, work: Work) -> int:  # noqa: ARG002 - the same for any work
+        """How long a stage needs between two micro-batches."""
+        return self.between_ns
 
     def components(self, work: Work) -> dict[str, tuple[float, ...]]:
         """Everything counts as `gemm`."""

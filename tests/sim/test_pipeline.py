@@ -28,7 +28,7 @@ def test_equal_event_logs_with_ties(policy, num_stages, extra):
         assert (getattr(record, column) == getattr(reference, column)).all()
 
 
-@pytest.mark.parametrize("cost_ns", [{"token_ns": 1}, {"hop_ns": 0}, {"host_ns": 0, "return_ns": 0}])
+@pytest.mark.parametrize("cost_ns", [{"token_ns": 1}, {"hop_ns": 0}, {"host_ns": 0, "return_ns": 0}, {"between_ns": 3}])
 def test_equal_event_logs_without_a_delay_here_and_there(cost_ns):
     cost = FixedCost(**{"num_stages": 4, "batch_ns": 10, "hop_ns": 10, "host_ns": 10, "return_ns": 10, **cost_ns})
     options = {"policy": "throttle", "cost": cost, "max_in_flight": 5, **TINY}
@@ -42,6 +42,17 @@ def test_by_hand(pipeline):
     env = simpy.Environment()
     seen = []
     line = pipeline(env, 2, 4, lambda _: seen.append((env.now, list(ends[len(seen)]))))
-    ends = [line.submit(0, costs, 1, 100, after) for costs, after in [((5, 2), -1), ((1, 3), -1), ((1, 1), 1)]]
+    ends = [line.submit(0, costs, 1, 0, 100, after) for costs, after in [((5, 2), -1), ((1, 3), -1), ((1, 1), 1)]]
     env.run()
     assert seen == [(108, [5, 8]), (111, [6, 11]), (214, [112, 114])]
+
+
+@pytest.mark.parametrize("pipeline", [RecurrencePipeline, ProcessPipeline])
+def test_a_gap_lies_between_steps_alone(pipeline):
+    # stage 0 starts at once, then 2 after each end; stage 1 waits for data longer than for the gap, then not
+    env = simpy.Environment()
+    seen = []
+    line = pipeline(env, 2, 0, lambda _: seen.append(list(ends[len(seen)])))
+    ends = [line.submit(0, costs, 1, 2, 100, -1) for costs in [(5, 2), (1, 9), (1, 1)]]
+    env.run()
+    assert seen == [[5, 8], [8, 19], [11, 22]]

@@ -5,21 +5,19 @@ import subprocess
 import sys
 from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sim.costs import BatchWork, FixedCost, batch_work
+from sim.costs import FixedCost
 
 from gllm.model_shape import load_shape, shape_of_config
 from gllm.parallel import Parallel
 from gllm.sim.constants import RooflineConstants
-from gllm.sim.cost import COMPONENTS
+from gllm.sim.cost import COMPONENTS, BatchWork, ChunkWork, batch_work
 from gllm.sim.gpus import Gpu, get_gpu
 from gllm.sim.roofline import Roofline, graph_size, missed_expert_table
 
-TESTS = Path(__file__).resolve().parents[1]
 H200 = get_gpu("h200")
 CONFIG = {
     "model_type": "llama",
@@ -94,7 +92,9 @@ def test_decode_by_hand(tokens):
 
 def test_prefill_attention_by_hand():
     long = batch_work(chunks=[(0, 64)])
-    assert long == BatchWork(num_prefill_tokens=64, prefill_pairs=2080, prefill_context=64, num_sampled=1)
+    assert long == BatchWork(
+        chunks=(ChunkWork(0, 64),), num_prefill_tokens=64, prefill_pairs=2080, prefill_context=64, num_sampled=1
+    )
     assert tiny().components(long)["prefill_attention"] == [4 * 4 * 8 * 2080]
     # A short chunk far into its prompt reads more than it computes on a GPU with little bandwidth.
     chunk = batch_work(chunks=[(1000, 1)])
@@ -105,6 +105,7 @@ def test_prefill_attention_by_hand():
 def test_batch_work_sums_chunks_and_decodes():
     work = batch_work(chunks=[(3, 2), (0, 4)], contexts=[7, 9], num_sampled=3)
     assert work == BatchWork(
+        chunks=(ChunkWork(3, 2), ChunkWork(0, 4)),
         num_prefill_tokens=6,
         num_decode_tokens=2,
         prefill_pairs=(4 + 5) + (1 + 2 + 3 + 4),
@@ -282,7 +283,7 @@ def test_times_are_integers_and_equal_in_any_process():
     code = (
         "from gllm.model_shape import load_shape; from gllm.sim.gpus import get_gpu;"
         "from gllm.parallel import Parallel; from gllm.sim.roofline import Roofline;"
-        f"import sys; sys.path.append({str(TESTS)!r}); from sim.costs import batch_work;"
+        "import sys; from gllm.sim.cost import batch_work;"
         "m = Roofline(shape=load_shape('qwen3-30b-a3b'), gpu=get_gpu('h200'), parallel=Parallel(pp=4, tp=2, ep=2));"
         "print([list(m.stage_ns(batch_work(chunks=[(7, n)], contexts=[n] * n))) for n in (1, 33, 600)]);"
         "sys.exit(bool({'numpy', 'torch', 'simpy'} & set(sys.modules)))"

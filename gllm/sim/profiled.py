@@ -1,0 +1,232 @@
+"""How long a micro-batch takes, from a profile: times that real workers took for its parts, added up.
+
+docs/profile.md has the composition. L layers of a stage, all of the profile's:
+
+    decodes alone, n of them     decode(n) + decode_attention(n, context)          by L / all
+    any other, T tokens          eager(T) + mixed(n) + decode_attention(n, context)
+                                 + prefill_attention(chunks)                       by L / all
+    the last stage besides       head(rows)
+    between steps of a stage     gap
+
+Where decodes are CUDA graphs, decode(n) and the head behind it are of the next captured size. Beyond its tables a part
+goes on as the roofline does, scaled to the nearest measured point; `Profiled.notes` says which did.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from functools import cache, partial
+from math import fsum
+from statistics import fmean
+from typing import TYPE_CHECKING, NamedTuple
+
+from gllm.parallel import Parallel
+from gllm.sim.constants import RooflineConstants
+from gllm.sim.cost import COMPONENTS
+from gllm.sim.gpus import GPUS
+from gllm.sim.interpolation import Sheet, look_up, two_times
+from gllm.sim.roofline_parts import RooflineParts, scaled
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from gllm.model_shape import ModelShape
+    from gllm.sim.cost import Work
+    from gllm.sim.gpus import Gpu
+    from gllm.sim.interpolation import Curve
+    from gllm.sim.profile import Profile
+
+
+class Profiled:
+    """The cost model of a profile's model on `gpu`, in any number of stages.
+
+    `notes` are lines for the user: where figures are not the profile's own, each once, as it comes to that.
+
+    Raises:
+        ValueError: the model cannot be spread so.
+    """
+
+    def __init__(
+        self,
+        *,
+        profile: Profile,
+        shape: ModelShape,
+        gpu: Gpu,
+        parallel: Parallel = Parallel(),
+        constants: RooflineConstants = RooflineConstants(),
+    ) -> None:
+        self.num_stages, self.host_ns, self.return_ns = parallel.pp, profile.dispatch_ns, profile.return_ns
+        self.notes: list[str] = []
+        self._given = partial(Profiled, profile=profile, shape=shape, gpu=gpu, parallel=parallel, constants=constants)
+        self._roofline = RooflineParts(profile, shape, gpu, parallel, constants)
+        self._profile = self._on_gpu(profile, shape, gpu, parallel, constants)
+        self._num_layers = [stage.num_layers for stage in parallel.stages(shape)]
+        self._all_layers = profile.num_layers
+        if parallel.pp > 1 and profile.transfer is None:
+            self._note("transfers between stages are the roofline's: the profile was made with one stage")
+        self._prepare()
+
+    def __reduce__(self) -> tuple[partial[Profiled], tuple[()]]:
+        """Pickle as the configuration, for sweeps over processes."""
+        return self._given, ()
+
+    def _prepare(self) -> None:
+        """Each count's cost is computed once; counts are bounded by the batch size."""
+        profile, roofline = self._profile, self._roofline
+        self._eager_ns = cache(self._curve(profile.eager, roofline.eager, "steps", "tokens"))
+        self._mixed_ns = cache(self._curve(profile.mixed, roofline.mixed, "mixed steps", "sequences"))
+        self._head_ns = cache(self._rows(profile.head))
+        self._transfer_ns = cache(self._transfer())
+        attention = Sheet(
+            profile.decode_attention,
+            roofline.decode_attention,
+            self._outside("decode attention", "sequences"),
+            self._outside("decode attention", "tokens of context"),
+            is_mean=True,
+        )
+        self._decode_attention = cache(lambda num_decode: attention.slice(num_decode).times())
+        one, each = (
+            Sheet(
+                surface,
+                roofline.prefill_attention,
+                self._outside("prefill attention", "tokens in a chunk"),
+                self._outside("prefill attention", "tokens before a chunk"),
+            )
+            for surface in (profile.prefill_one, profile.prefill_each)
+        )
+        self._alone_ns = cache(lambda num_tokens: one.slice(num_tokens).times())
+        self._alone_and_each_ns = cache(lambda num_tokens: two_times(one.slice(num_tokens), each.slice(num_tokens)))
+        self._decode = cache(self._decode_step)
+
+    def _on_gpu(
+        self, profile: Profile, shape: ModelShape, gpu: Gpu, parallel: Parallel, constants: RooflineConstants
+    ) -> Profile:
+        """The profile with the times that the GPU is expected to take."""
+        if profile.gpu == gpu.name:
+            return profile
+        if profile.gpu is None:
+            self._note(f"times are those of {profile.device}, not of {gpu.name}")
+            return profile
+        self._note(f"times are an estimate: measured on {profile.gpu}, scaled to {gpu.name} by their rooflines")
+        source = RooflineParts(profile, shape, GPUS[profile.gpu], parallel, constants)
+        return scaled(profile, source, self._roofline)
+
+    def _note(self, text: str) -> None:
+        line = f"profile {self._given.keywords['profile'].name}: {text}"
+        if line not in self.notes:
+            self.notes.append(line)
+
+    def _outside(self, part: str, unit: str) -> Callable[[str], None]:
+        """Takes FEWER or MORE of the unit than were measured."""
+        text = f"{part} of {{}} {unit} than measured: the roofline's, scaled to the nearest measured point"
+        return lambda side: self._note(text.format(side))
+
+    def _curve(self, curve: Curve, figure: Callable[[int], float], part: str, unit: str) -> Callable[[int], float]:
+        outside = self._outside(part, unit)
+        return lambda point: look_up(curve, point, figure, outside)
+
+    def _rows(self, curve: Curve) -> Callable[[int], int]:
+        time_ns = self._curve(curve, self._roofline.head, "the head", "rows")
+        return lambda num_rows: int(time_ns(num_rows)) if num_rows else 0
+
+    def _transfer(self) -> Callable[[int], int]:
+        curve, figure = self._profile.transfer, self._roofline.transfer
+        if curve is None or self.num_stages == 1:
+            return figure
+        time_ns = self._curve(curve, figure, "transfers", "tokens")
+        return lambda num_tokens: int(time_ns(num_tokens))
+
+    def _decode_step(self, num_decode: int) -> _DecodeStep:
+        profile, sizes = self._profile, self._profile.graph_sizes
+        in_graph = not sizes or num_decode <= sizes[-1]
+        size = sizes[bisect_left(sizes, num_decode)] if sizes and in_graph else num_decode
+        base_ns = self._curve(profile.decode, self._roofline.decode, "decode steps", "sequences")(size)
+        head = self._head_ns if profile.graph_head is None or not in_graph else self._rows(profile.graph_head)
+        return _DecodeStep(base_ns, self._decode_attention(num_decode), head(size if sizes else num_decode))
+
+    def stage_ns(self, work: Work) -> list[int]:
+        """How long each stage computes."""
+        if work.num_prefill_tokens:
+            layers_ns, head_ns = fsum(self._mixed_parts(work)), self._head_ns(work.num_sampled)
+        else:
+            base_ns, attention_ns, head_ns = self._decode(work.num_decode_tokens)
+            layers_ns = base_ns + attention_ns(work.decode_context)
+        all_layers = self._all_layers
+        times = [int(layers_ns * num_layers / all_layers) for num_layers in self._num_layers]
+        times[-1] += head_ns
+        return times
+
+    def _mixed_parts(self, work: Work) -> tuple[float, float, float]:
+        """Of all layers: the tokens' share, decodes, prefill attention."""
+        num_decode, decode_ns = work.num_decode_tokens, 0.0
+        if num_decode:
+            decode_ns = self._mixed_ns(num_decode) + self._decode_attention(num_decode)(work.decode_context)
+        base_ns, chunks = self._eager_ns(work.num_prefill_tokens + num_decode), work.chunks
+        if len(chunks) == 1:
+            return base_ns, decode_ns, self._alone_ns(chunks[0].num_tokens)(chunks[0].start)
+        times_ns = self._alone_and_each_ns
+        times = [times_ns(chunk.num_tokens)(chunk.start) for chunk in chunks]
+        alone, _ = max(times)
+        return base_ns, decode_ns, max(alone, fsum([each for _, each in times]))
+
+    def transfer_ns(self, work: Work) -> int:
+        """How long hidden states take to the next stage; zero with a single stage."""
+        return self._transfer_ns(work.num_prefill_tokens + work.num_decode_tokens)
+
+    def gap_ns(self, work: Work) -> int:
+        """How long a stage takes from one step to the next; before a graph less than before another step."""
+        sizes = self._profile.graph_sizes
+        is_eager = work.num_prefill_tokens or (sizes and work.num_decode_tokens > sizes[-1])
+        return self._profile.eager_gap_ns if is_eager else self._profile.decode_gap_ns
+
+    def components(self, work: Work) -> dict[str, list[float]]:
+        """Split `stage_ns` by component.
+
+        `gemm` is the base, all that depends on the number of tokens alone: norms, all-reduces and kernel launches too.
+        What decodes add to a step of chunks is `decode_attention`.
+        """
+        if work.num_prefill_tokens:
+            base_ns, decode_ns, prefill_ns = self._mixed_parts(work)
+            head_ns = self._head_ns(work.num_sampled)
+        else:
+            step, prefill_ns = self._decode(work.num_decode_tokens), 0.0
+            base_ns, head_ns = step.base_ns, step.head_ns
+            decode_ns = step.attention_ns(work.decode_context)
+        layers = {"gemm": base_ns, "decode_attention": decode_ns, "prefill_attention": prefill_ns}
+        shares = {
+            name: [layers.get(name, 0.0) * num_layers / self._all_layers for num_layers in self._num_layers]
+            for name in COMPONENTS
+        }
+        head = [0.0] * (self.num_stages - 1) + [float(head_ns)]
+        return {**shares, "head": head}
+
+
+class _DecodeStep(NamedTuple):
+    """A step of some number of decodes; its attention by the tokens of all contexts together."""
+
+    base_ns: float
+    attention_ns: Callable[[int], float]
+    head_ns: int
+
+
+class Residuals(NamedTuple):
+    """How far predictions are from a profile's own checks, as shares of what was measured."""
+
+    num_checks: int
+    mean: float
+    worst: float  # the one farthest from zero
+
+
+def residuals(profile: Profile) -> Residuals | None:
+    """Compare a profile with the steps that were measured for no table; None if there are none.
+
+    Stages are taken together; so how layers were dealt does not matter.
+    """
+    gpu = GPUS[profile.gpu] if profile.gpu else next(iter(GPUS.values()))  # matters only beyond the tables
+    parallel = Parallel(tp=profile.parallel.tp, ep=profile.parallel.ep)
+    model = Profiled(profile=profile, shape=profile.shape, gpu=gpu, parallel=parallel)
+    errors = []
+    for work, stage_ns in profile.checks:
+        predicted_ns = fsum(part[0] for part in model.components(work).values())
+        errors.append(predicted_ns / sum(stage_ns) - 1.0)
+    return Residuals(len(errors), fmean(errors), max(errors, key=abs)) if errors else None
