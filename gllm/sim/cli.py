@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gllm.console.options import add_engine_options, add_slo_options, add_trace_options, whole
+from gllm.console.options import add_engine_options, add_slo_options, add_trace_options, positive, whole
 from gllm.console.parser import Parser, add_command, add_output, run
 from gllm.sim.options import add_model_options, rates
 
@@ -35,6 +35,7 @@ def add_commands(commands: Commands) -> None:
         ("traces", "list the sample traces and the formats of others"),
         ("models", "list the models known by name"),
         ("gpus", "list the GPUs known by name"),
+        ("profiles", "list the profiles that come with gLLM: times measured on GPUs"),
         ("policies", "list the policies, their options and the waiting orders"),
     ):
         add_command(commands, name, "gllm.sim.listing", name, text)
@@ -77,10 +78,47 @@ def _add_compare(commands: Commands) -> None:
 
 def _add_fidelity(commands: Commands) -> None:
     parser = add_command(
-        commands, "fidelity", "gllm.sim.fidelity", "fidelity", "say how far the simulator is from a recorded run"
+        commands,
+        "fidelity",
+        "gllm.sim.fidelity.command",
+        "fidelity",
+        "say how far the simulator is from a recorded run",
     )
-    parser.add_argument("run", metavar="RUN", help="a folder that the runtime's replay wrote")
     parser.add_argument(
-        "--decisions", action="store_true", help="feed the run's times to the simulator and compare the decision logs"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="a folder that the runtime's replay wrote; repetitions of it tell the noise",
     )
-    parser.add_argument("--out", metavar="DIR", help="folder for the simulated log, iterations.jsonl.gz")
+    parser.add_argument(
+        "--decisions",
+        action="store_true",
+        help="feed the run's times to the simulator and compare the decision logs only",
+    )
+    group = parser.add_argument_group("cost model")
+    group.add_argument("--gpu", help="see gpus (default: the run's)")
+    group.add_argument(
+        "--profile",
+        default="auto",
+        metavar="FILE|auto|none",
+        help="as of replay: a profile, or a roofline (default: auto)",
+    )
+    group.add_argument(
+        "--cost",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,...",
+        help="constants of the roofline; then auto is none",
+    )
+    group = parser.add_argument_group("verdict")
+    group.add_argument(
+        "--bar",
+        type=positive,
+        default=2.0,
+        metavar="PERCENT",
+        help="how far a metric may be off; p99 and TTFT twice as far, noise twice its spread (default: 2)",
+    )
+    group.add_argument(
+        "--check", action="store_true", help="exit status 1 where a metric or a decision is not as it must"
+    )
+    add_output(parser, "fidelity.html, fidelity.json, timeline.json and the simulated iterations.jsonl.gz")

@@ -45,6 +45,14 @@ def diff(args: Namespace) -> int:
     return 0
 
 
+def first_parting(one: Path, other: Path) -> Parting | None:
+    """The first decision in which two logs part; None if nowhere."""
+    for number, pair in enumerate(_pairs((one, other))):
+        if not isinstance(pair, str):
+            return Parting(number, *pair)
+    return None
+
+
 def _pairs(paths: Sequence[Path]) -> Iterator[str | tuple[Decision | None, Decision | None]]:
     """For each decision its line where both runs have the same, else both decisions."""
     for one, other in zip_longest(*map(read_decisions, paths)):

@@ -20,6 +20,7 @@ from gllm.console.output import TRACE_NAME
 from gllm.core import Finished, Limits, Rejected, Request
 from gllm.policy import parse_policy
 from gllm.report.decision_log import LOG_NAME, canonical, read_log
+from gllm.report.files import REPORT_NAME
 from gllm.sim.driver import Arrival
 from gllm.trace import FORMATS, TraceError, TraceRequest
 from gllm.trace.lines import open_lines
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gllm.core import Policy
-
-REPORT_NAME = "report.json"
 
 ENDLESS = 1 << 60
 """The true length of a request that does not stop by itself: its length limit, an abort or an error ends it."""

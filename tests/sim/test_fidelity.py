@@ -361,7 +361,9 @@ def test_a_bad_folder_is_one_line(capsys, copy, spoil, complaint):
     ("words", "complaint"),
     [
         (["nope", "--decisions"], "nope: no such folder"),
-        (["."], "needs a measured profile, which is yet to come; --decisions"),
+        ([".", "--decisions"], "report.json: no such file"),
+        ([".", "..", "--decisions"], "--decisions takes one RUN"),
+        ([".", "--decisions", "--json"], "--decisions .* prints no JSON"),
         ([], "required: RUN"),
     ],
 )

@@ -1,16 +1,17 @@
-"""`fidelity`: whether the simulator's shell, told what a real run was told and when, decides as it did."""
+"""`fidelity --decisions`: whether the simulator's shell, told what a real run was told and when, decides as it did."""
 
 from __future__ import annotations
 
 import gzip
 import json
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from gllm.console.output import staged
+from gllm.console.output import FIDELITY_FILES, staged
 from gllm.console.terminal import say, say_table, warn
 from gllm.report.decision_log import LOG_NAME, canonical, read_log
 from gllm.sim.diff import Parting, parting_table
@@ -18,15 +19,28 @@ from gllm.sim.recorded import simulate_recording
 from gllm.sim.recording import read_recording
 
 if TYPE_CHECKING:
-    from argparse import Namespace
     from collections.abc import Callable, Iterator
 
+    from gllm.core import Plan
     from gllm.sim.recorded import Replica
     from gllm.sim.recording import Recording
 
     Turn = dict[str, Any]
 
 EQUAL, APART = 0, 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Injected:
+    """How a simulation on a recorded run's times compares with it."""
+
+    run: str
+    num_decisions: int
+    is_equal: bool
+    turn: int | None  # the first that differs, from 1
+    differs_in: list[str]
+    failure: str | None  # what the simulated engine raised, if it did
+
 
 _CALLED = {
     "t": "its time",
@@ -39,27 +53,35 @@ _CALLED = {
 }
 
 
-def fidelity(args: Namespace) -> int:
-    """Print how the simulator compares with a recorded run; 0 if it is as asked, else 1."""
-    if not args.decisions:
-        raise ValueError(
-            "fidelity: how far the metrics are off needs a measured profile, which is yet to come; "
-            "--decisions compares the decisions"
-        )
-    return _compare_decisions(Path(args.run), args.out)
-
-
-def _compare_decisions(run: Path, out: str | None) -> int:
+def compare_decisions(run: Path, out: str | None) -> int:
+    """Print whether a recorded run's decisions are those of a simulation on its times; 0 if they are, else 1."""
     recording = read_recording(run)
     with _folder(out) as folder:
         path = folder / LOG_NAME
         replica = simulate_recording(recording, path)
-        number = _first_difference(run / LOG_NAME, path)
+        number = first_difference(run / LOG_NAME, path)
         _tell(run, recording, replica)
         if number is None:
             return _tell_equal(recording)
         _tell_parting(run, path, number, replica.failure)
     return APART
+
+
+def inject(run: Path, recording: Recording, watch: Callable[[Plan], object] | None = None) -> Injected:
+    """Simulate on a run's recorded times and compare the logs; `watch` is shown each plan."""
+    with _folder(None) as folder:
+        path = folder / LOG_NAME
+        replica = simulate_recording(recording, path, watch)
+        number = first_difference(run / LOG_NAME, path)
+        turns = None if number is None else (_turn(run / LOG_NAME, number), _turn(path, number))
+    return Injected(
+        run=str(run),
+        num_decisions=recording.num_decisions,
+        is_equal=number is None,
+        turn=None if number is None else number + 1,
+        differs_in=[] if turns is None else _differing(turns),
+        failure=replica.failure,
+    )
 
 
 @contextmanager
@@ -69,11 +91,11 @@ def _folder(out: str | None) -> Iterator[Path]:
         with TemporaryDirectory(prefix="gllm-") as name:
             yield Path(name)
     else:
-        with staged(Path(out), frozenset({LOG_NAME})) as folder:
+        with staged(Path(out), FIDELITY_FILES) as folder:
             yield folder
 
 
-def _first_difference(recorded: Path, simulated: Path) -> int | None:
+def first_difference(recorded: Path, simulated: Path) -> int | None:
     """The first turn whose lines are not the same bytes; None if all are."""
     with gzip.open(recorded) as one, gzip.open(simulated) as other:
         for number, (line, replica) in enumerate(zip_longest(one, other)):
