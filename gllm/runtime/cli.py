@@ -94,7 +94,10 @@ def _add_replay(commands: Commands) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="of sampling (default: 0, greedy)")
     add_runtime_options(parser, seed=False)
     add_slo_options(parser)
-    add_output(parser, "report.html, report.json, requests.csv, timeline.json, iterations.jsonl.gz and trace.jsonl.gz")
+    add_output(
+        parser,
+        "report.html, report.json, requests.csv, record.npz, timeline.json, iterations.jsonl.gz and trace.jsonl.gz",
+    )
 
 
 def _add_profile(commands: Commands) -> None:

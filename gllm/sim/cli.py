@@ -48,7 +48,7 @@ def _add_replay(commands: Commands) -> None:
     add_model_options(parser)
     add_engine_options(parser)
     add_slo_options(parser)
-    add_output(parser, "report.html, report.json, requests.csv, timeline.json and iterations.jsonl.gz")
+    add_output(parser, "report.html, report.json, requests.csv, record.npz, timeline.json and iterations.jsonl.gz")
     parser.add_argument(
         "--no-iterations", dest="iterations", action="store_false", help="neither log nor hash the decisions: faster"
     )
