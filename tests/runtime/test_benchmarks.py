@@ -466,3 +466,30 @@ def test_failed_requests_are_counted_with_an_example(num_good, status):
     assert figures["Total generated tokens:"] == str(2 * num_good)  # no usage: events are counted
     (line,) = err.splitlines()
     assert "503: too many requests" in line
+
+
+# The twin
+
+
+def test_a_profile_and_runs_for_the_twin(tmp_path):
+    rows = [{"timestamp": 50 * number, "input_length": 30, "output_length": 4, "hash_ids": []} for number in range(21)]
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    size = ("--max-num-seqs", 4, "--max-tokens-per-step", 128, "--quick")
+    runs = ("--rates", "40", "--seconds", "0.25", "--repeats", "2", "--policies", "sarathi:token_budget=64")
+    out, err = script("twin", "--trace", trace, *runs, *size, "--out", tmp_path / "out")
+    assert not err
+    name = "gllm-demo_sarathi-token-budget-64_40_"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"profile.json", f"{name}1", f"{name}2"}
+    report = json.loads((tmp_path / "out" / f"{name}2" / "report.json").read_text())
+    assert report["num_requests"] == 10, "a quarter of a second at twice the trace's 20 a second"
+    assert report["config"]["limits"]["max_num_seqs"] == 4
+    assert {path.name for path in (tmp_path / "out" / f"{name}1").iterdir()} == {
+        "report.json",
+        "record.npz",
+        "iterations.jsonl.gz",
+        "trace.jsonl.gz",
+    }
+    assert "profile.json: " in out
+    _, err = script("twin", "--trace", trace, "--no-profile", "--rates", "0", status=2)
+    assert "--rates" in err
