@@ -2,7 +2,7 @@
 
 Each case runs in a process of its own, so that its peak memory is its own:
 
-    python benchmarks/sim_speed.py [--trace PATH] [--requests 10000,100000] [--pp 1,4] [--repeats 3]
+    python benchmarks/sim_speed.py [--trace PATH] [--requests 10000,100000] [--pp 1,4] [--repeats 3] [--ahead]
 """
 
 from __future__ import annotations
@@ -55,12 +55,16 @@ class Case:
     trace: str
     pp: int
     num_requests: int
+    ahead: int = 0
 
 
-def configure(pp: int) -> SimConfig:
-    """The configuration of the benchmark, with `pp` stages."""
+def configure(pp: int, ahead: int = 0) -> SimConfig:
+    """The configuration of the benchmark, with `pp` stages and so many micro-batches planned ahead.
+
+    None are, by default, as in all figures of this benchmark since the first.
+    """
     return SimConfig(
-        max_in_flight=pp,  # nothing planned ahead, as all figures of this benchmark since the first
+        max_in_flight=pp + ahead,
         model=MODEL,
         gpu=GPU,
         parallel=Parallel(pp=pp),
@@ -83,7 +87,7 @@ def measure(case: Case) -> dict[str, Any]:
     trace = read_workload(case.trace, case.num_requests)
     read_s = time.process_time() - started
     started = time.thread_time()  # the loop is one thread; numpy's idle ones are not its cost
-    record = simulate(configure(case.pp), trace)
+    record = simulate(configure(case.pp, case.ahead), trace)
     loop_s = time.thread_time() - started
     summary = summarize(record, slo_ttft_s=None, slo_tpot_s=None)
     metrics_s = time.thread_time() - started - loop_s
@@ -181,6 +185,7 @@ def main() -> None:
     parser.add_argument("--requests", type=_numbers, default=[10_000, 100_000], metavar="N,N")
     parser.add_argument("--pp", type=_numbers, default=[1, 4], metavar="N,N")
     parser.add_argument("--repeats", type=int, default=3, metavar="N")
+    parser.add_argument("--ahead", action="store_true", help="plan one micro-batch ahead, as replay does")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.case:
@@ -191,11 +196,13 @@ def main() -> None:
     for num_requests in options.requests:
         for pp in options.pp:
             print(f"PP {pp}, {num_requests:,} requests", file=sys.stderr)
-            cases.append(measure_apart(Case(trace=trace, pp=pp, num_requests=num_requests), options.repeats))
+            case = Case(trace=trace, pp=pp, num_requests=num_requests, ahead=int(options.ahead))
+            cases.append(measure_apart(case, options.repeats))
     start = start_s()
     result = {**describe_run(), "cases": cases, "start_s": start}
-    name = "sim_speed" if build() == "plain" else "sim_speed_compiled"
-    write_results(name, result, f"Speed of the simulator, {build()} build", report(cases, start))
+    name = "sim_speed" + ("" if build() == "plain" else "_compiled") + ("_ahead" if options.ahead else "")
+    title = f"Speed of the simulator, {build()} build" + (", planning ahead" if options.ahead else "")
+    write_results(name, result, title, report(cases, start))
 
 
 if __name__ == "__main__":
