@@ -105,7 +105,7 @@ class Profiled:
         if profile.gpu == gpu.name:
             return profile
         if profile.gpu is None:
-            self._note(f"times are those of {profile.device}, not of {gpu.name}")
+            self._note(f"{profile.device} has no data sheet; beyond the tables the roofline is that of {gpu.name}")
             return profile
         self._note(f"times are an estimate: measured on {profile.gpu}, scaled to {gpu.name} by their rooflines")
         source = RooflineParts(profile, shape, GPUS[profile.gpu], parallel, constants)

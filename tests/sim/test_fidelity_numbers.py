@@ -207,6 +207,17 @@ def test_a_machine_that_is_as_its_profile_says(capsys, spread_out, tmp_path):
     assert gaps["gap before others"] == (EAGER_GAP, EAGER_GAP)
 
 
+def test_a_device_without_a_data_sheet_needs_a_profile(spread_out, tmp_path):
+    (run,) = read_runs([str(spread_out[0])])
+    run = replace(run, record=replace(run.record, config={**run.record.config, "gpu": "cpu"}))
+    path = tmp_path / "machine.json"
+    path.write_text(json.dumps(contents(gpu=None, device="cpu")))
+    cost = sim_config(run, gpu=None, profile=str(path), constants=BASE.constants).resolve().cost
+    assert "cpu has no data sheet" in cost.notes[0]
+    with pytest.raises(ValueError, match="its gpu 'cpu' is none that is known"):
+        sim_config(run, gpu=None, profile="auto", constants=BASE.constants)
+
+
 def test_decisions_that_follow_other_times_are_counted(capsys, spread_out):
     folder, run = spread_out
     status, found, _ = fidelity(capsys, folder, "--cost", "host_ns=3000000")
@@ -405,7 +416,7 @@ def failed(folder):
         (
             lambda run: reported(run, gpu="cpu"),
             [],
-            "report.json: its gpu 'cpu' is none that is known; name one with --gpu",
+            "report.json: its gpu 'cpu' is none that is known; name one with --gpu, or a profile with --profile",
         ),
         (lambda run: reported(run, gpu="cpu"), ["--gpu", "abacus"], "gpu 'abacus' is not known"),
         (other_record, [], "record.npz has 7 requests, trace.jsonl.gz 40"),

@@ -414,7 +414,7 @@ def test_transfers_on_another_gpu(folder):
 def test_a_device_without_a_data_sheet_is_taken_as_it_is(folder, formula):
     cost = model(folder, contents(gpu=None, device="cpu"), gpu="l4")
     assert cost.stage_ns(WORKS[0]) == formula.stage_ns(WORKS[0])
-    assert cost.notes == ["profile formula: times are those of cpu, not of l4"]
+    assert cost.notes == ["profile formula: cpu has no data sheet; beyond the tables the roofline is that of l4"]
 
 
 # --- what it is used for ---------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def sim_config(run: RecordedRun, *, gpu: str | None, profile: str, constants: Ro
     where = str(run.folder / REPORT_NAME)
     return SimConfig(
         model=_value(ModelShape, config, "model_shape", where),
-        gpu=_known_gpu(config, where) if gpu is None else gpu,
+        gpu=_gpu(config, profile, where) if gpu is None else gpu,
         parallel=_value(Parallel, config, "parallel", where),
         policy=run.recording.policy_spec,
         max_num_seqs=limits.max_num_seqs,
@@ -117,13 +117,15 @@ def _check_same(first: RecordedRun, other: RecordedRun) -> None:
         )
 
 
-def _known_gpu(config: Mapping[str, Any], where: str) -> str:
-    """Name of the GPU whose data sheet the run's device has."""
+def _gpu(config: Mapping[str, Any], profile: str, where: str) -> str:
+    """Name of the GPU whose data sheet the run's device has; of any, if a profile speaks for a device without one."""
     device = "-".join(str(config.get("gpu", "")).lower().split())
     names = sorted((name for name in GPUS if name in device), key=len)
-    if not names:
-        raise ValueError(f"{where}: its gpu {device!r} is none that is known; name one with --gpu")
-    return names[-1]
+    if not names and profile in {"auto", "none"}:
+        raise ValueError(
+            f"{where}: its gpu {device!r} is none that is known; name one with --gpu, or a profile with --profile"
+        )
+    return names[-1] if names else next(iter(GPUS))
 
 
 def _value(kind: type[_Value], config: Mapping[str, Any], name: str, where: str) -> _Value:
