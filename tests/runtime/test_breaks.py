@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 
 import httpx
@@ -163,6 +164,13 @@ def test_no_worker_calls_anybody_before_all_are_forked(tmp_path):
     with Serving("--pp", 3, site=tmp_path) as server:
         server.ready()
     assert (tmp_path / "log").read_text().split() == ["forked"] * 3 + ["meets"] * 3
+
+
+def test_a_worker_whose_launcher_died_at_once_ends():
+    orphan = (
+        "import time; from gllm.runtime.worker.worker import _end_with_launcher; _end_with_launcher(0); time.sleep(60)"
+    )
+    assert subprocess.run([sys.executable, "-c", orphan], timeout=50, check=False).returncode == 1  # noqa: S603
 
 
 def test_a_launcher_that_cannot_start(tmp_path):

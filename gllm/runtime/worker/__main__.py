@@ -51,7 +51,7 @@ def launch(task: WorkerTask) -> WorkerFailed | None:
     all_forked = multiprocessing.get_context("fork").Barrier(config.num_local_workers)
     try:
         check_devices(config)
-        elastic_launch(launcher, work)(config, task.address, all_forked)
+        elastic_launch(launcher, work)(config, task.address, os.getpid(), all_forked)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return WorkerFailed(-1, _how(rank, failure))

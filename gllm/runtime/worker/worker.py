@@ -57,11 +57,11 @@ _MIN_WIDTH_FOR_THREADS = 512
 _MOURNING_S = 5.0  # the launcher blames whoever ends first: that must be who died, not who lost a neighbour by it
 
 
-def work(config: RuntimeConfig, address: str, all_forked: Barrier) -> None:
+def work(config: RuntimeConfig, address: str, launcher: int, all_forked: Barrier) -> None:
     """The whole life of a worker; torchrun's environment says which one it is. Never returns normally on an error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not our parent's handler: die at once, whatever we wait for
-    _end_with_parent()
+    _end_with_launcher(launcher)
     all_forked.wait()
     rank = int(os.environ["RANK"])
     device = choose_device(config)
@@ -152,12 +152,14 @@ def _explain(rank: int, error: Exception, *, is_loaded: bool) -> tuple[str, bool
     return f"worker {rank} failed: {type(error).__name__}: {error} (GLLM_TRACEBACK=1 shows where)", False
 
 
-def _end_with_parent() -> None:
-    """A worker whose launcher is gone has nobody to work for. A fork inherits pipes, so their ends tell nothing."""
-    parent = os.getppid()
+def _end_with_launcher(launcher: int) -> None:
+    """A worker whose launcher is gone has nobody to work for. A fork inherits pipes, so their ends tell nothing.
+
+    Whose process that was is the launcher's own word: it may have died before its child could ask.
+    """
 
     def watch() -> None:
-        while os.getppid() == parent:
+        while os.getppid() == launcher:
             time.sleep(_LOOK_S)
         os._exit(1)
 
