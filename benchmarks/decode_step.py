@@ -25,6 +25,7 @@ from record import OUT, ROOT, RUNTIME_PACKAGES, describe_run, slug
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from gllm.console.options import whole
 from gllm.console.parser import Parser
 from gllm.core import Limits
 from gllm.runtime.messages import Admission, ChunkWork, Step
@@ -214,23 +215,29 @@ def draw(result: dict[str, Any], timelines: dict[int, list[Span]], path: Path) -
     plt.close(figure)
 
 
+def counts(text: str) -> list[int]:
+    """`1,64,256`."""
+    return [whole(1)(part) for part in text.split(",")]
+
+
 def main() -> int:
     """Measure, print and write."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="qwen3-0.6b", help="a folder with config.json, or a shape's name")
-    parser.add_argument("--batch", default="1,64,256", metavar="N,...", help="batch sizes (default: 1,64,256)")
-    parser.add_argument("--context", type=int, default=1000, metavar="N", help="tokens of each sequence")
+    parser.add_argument(
+        "--batch", type=counts, default=[1, 64, 256], metavar="N,...", help="batch sizes (default: 1,64,256)"
+    )
+    parser.add_argument("--context", type=whole(1), default=1000, metavar="N", help="tokens of each sequence")
     parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help=f"for the result (default: {OUT})")
     args = parser.parse_args()
     require_gpu()
-    sizes = [int(size) for size in args.batch.split(",")]
     gpu = torch.cuda.get_device_name()
     ceiling = json.loads((ROOT / "benchmarks/results/ceilings_nvidia-h200.json").read_text())["copy_tb_per_s"]
     with model_folder(args.model) as folder:
         result = {**describe_run(RUNTIME_PACKAGES), "model": model_name(folder), "gpu": gpu, "steps": []}
-        stage = make_stage(folder, max_num_seqs=max(sizes), context=args.context)
+        stage = make_stage(folder, max_num_seqs=max(args.batch), context=args.context)
         timelines = {}
-        for size in sizes:
+        for size in args.batch:
             found, timelines[size] = measure(stage, size, args.context)
             found["share_of_copy"] = round(found["tb_per_s"] / ceiling, 3)
             result["steps"].append(found)

@@ -18,11 +18,12 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import torch
-from decode_step import BLOCK_SIZE, NUM_PROFILED, by_kind, kind_of, make_stage, profiled
+from decode_step import BLOCK_SIZE, NUM_PROFILED, by_kind, counts, kind_of, make_stage, profiled
 from gpu import require_gpu
 from model_folder import model_folder, model_name
 from record import OUT, RUNTIME_PACKAGES, describe_run, slug
 
+from gllm.console.options import whole
 from gllm.console.parser import Parser
 from gllm.runtime.messages import Admission, ChunkWork, Step
 from gllm.runtime.sampling_params import SamplingParams
@@ -108,17 +109,20 @@ def main() -> int:
     """Measure, print and write."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", default="qwen3-0.6b", help="a folder with config.json, or a shape's name")
-    parser.add_argument("--tokens", default="2048,8192", metavar="N,...", help="of a step (default: 2048,8192)")
-    parser.add_argument("--prompt", type=int, default=512, metavar="N", help="tokens of each prompt (default: 512)")
+    parser.add_argument(
+        "--tokens", type=counts, default=[2048, 8192], metavar="N,...", help="of a step (default: 2048,8192)"
+    )
+    parser.add_argument(
+        "--prompt", type=whole(1), default=512, metavar="N", help="tokens of each prompt (default: 512)"
+    )
     parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help=f"for the result (default: {OUT})")
     args = parser.parse_args()
     require_gpu()
-    sizes = [int(size) for size in args.tokens.split(",")]
     gpu = torch.cuda.get_device_name()
     with model_folder(args.model) as folder:
         result = {**describe_run(RUNTIME_PACKAGES), "model": model_name(folder), "gpu": gpu, "steps": []}
-        stage = make_stage(folder, max_num_seqs=-(-max(sizes) // args.prompt), context=args.prompt)
-        for size in sizes:
+        stage = make_stage(folder, max_num_seqs=-(-max(args.tokens) // args.prompt), context=args.prompt)
+        for size in args.tokens:
             result["steps"].append(measure(stage, size, args.prompt))
             print(json.dumps(result["steps"][-1]), flush=True)
     args.out.mkdir(parents=True, exist_ok=True)

@@ -28,6 +28,8 @@ from gllm.console.options import positive, whole
 from gllm.console.parser import Parser, run
 from gllm.console.terminal import say
 from gllm.runtime.default_model import PATH
+from gllm.sim.compare import mean_rate
+from gllm.sim.options import rates
 from gllm.trace import load_trace
 
 if TYPE_CHECKING:
@@ -36,14 +38,11 @@ if TYPE_CHECKING:
 PAGES = "report.html", "timeline.json", "requests.csv"  # made again from what is kept
 
 
-def rates(text: str) -> list[float]:
-    """`2,6,12`."""
-    return [positive(part) for part in text.split(",")]
-
-
 def twin(args: argparse.Namespace) -> int:
     """Profile and replay; return the exit status."""
-    pace = mean_rate(args.trace)
+    pace = mean_rate(load_trace(args.trace))
+    if pace is None:
+        raise ValueError(f"--trace {args.trace}: its requests come all at once; take one with arrival times")
     args.out.mkdir(parents=True, exist_ok=True)
     layout = [f"--{key}={size}" for key in ("pp", "tp", "ep") if (size := getattr(args, key)) > 1]
     with model_folder(args.model) as folder:
@@ -61,19 +60,6 @@ def twin(args: argparse.Namespace) -> int:
                     traffic = ["--rate-scale", rate / pace, "--window", f"0:{args.seconds * rate / pace:.3f}"]
                     replay(args, [*engine, *traffic, "--policy", policy], args.out / f"{name}_{rate:g}_{number + 1}")
     return 0
-
-
-def mean_rate(trace: str) -> float:
-    """Requests a second, over the trace's own times.
-
-    Raises:
-        ValueError: It has none.
-    """
-    requests = load_trace(trace).requests
-    span_ns = (requests[-1].arrival_ns or 0) - (requests[0].arrival_ns or 0)
-    if not span_ns:
-        raise ValueError(f"--trace {trace}: its requests come all at once; take one with arrival times")
-    return (len(requests) - 1) / span_ns * 1e9
 
 
 def replay(args: argparse.Namespace, options: list[object], out: Path) -> None:

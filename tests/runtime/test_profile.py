@@ -15,12 +15,11 @@ from gllm.runtime import process
 from gllm.runtime.cli import main
 from gllm.runtime.messages import StageTime, StepDone, decode_order, encode
 from gllm.runtime.profile import profiler
-from gllm.runtime.profile.command import GPU_NAMES, gist, gpu_name
+from gllm.runtime.profile.command import gist
 from gllm.runtime.profile.grids import BASE_CHUNK, Room, make_grid
 from gllm.runtime.profile.host import host_times
 from gllm.runtime.profile.session import Session
 from gllm.runtime.profile.steps import DRIFT, MAX_REPEATS, Mix, StepMaker
-from gllm.sim.gpus import GPUS
 from gllm.sim.profile import read_profile
 
 FIRST_PLAN = 7
@@ -312,28 +311,6 @@ def test_the_host_is_timed_where_nothing_else_delays_it():
     ends, done = [200, 300, 500, 600, 990], [230, 330, 520, 640, 1025]
     assert host_times(dispatched, starts, ends, done) == (9, 30)
     assert host_times([100], [90], [200], [190]) == (0, 0)
-
-
-@pytest.mark.parametrize(
-    ("device", "name"),
-    [
-        ("NVIDIA H200", "h200"),
-        ("NVIDIA H100 80GB HBM3", "h100"),
-        ("NVIDIA A100-SXM4-40GB", "a100-40g"),
-        ("NVIDIA A100-SXM4-80GB", "a100-80g"),
-        ("NVIDIA L40S", "l40s"),
-        ("NVIDIA L4", "l4"),
-        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
-        ("NVIDIA GeForce RTX 3090", None),
-        ("cpu", None),
-    ],
-)
-def test_devices_have_the_simulators_names(device, name):
-    assert gpu_name(device) == name
-
-
-def test_the_simulators_gpus_are_known():
-    assert set(GPU_NAMES) == set(GPUS)
 
 
 @pytest.fixture(scope="module")

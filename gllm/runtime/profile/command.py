@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from gllm.console.progress import tell_seldom
 from gllm.console.terminal import say, say_table
+from gllm.gpu_names import gpu_name
 from gllm.runtime.options import runtime_config
 from gllm.runtime.versions import versions
 from gllm.runtime.worker.graph_sizes import graph_sizes
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from gllm.runtime.model_config import ModelConfig
 
     Profile = dict[str, Any]
-
-GPU_NAMES = ("h200", "h100", "a100-40g", "a100-80g", "a800", "b200", "l20", "l40s", "l4", "rtx-4090")
-"""What the simulator calls the GPUs that it knows."""
 
 
 def profile(args: Namespace) -> int:
@@ -152,16 +150,6 @@ def _described(config: RuntimeConfig, model: ModelConfig, device: str) -> Profil
         "attention_backend": attention if config.attention_backend == "auto" else config.attention_backend,
         "layers": model.shape.num_layers,
     }
-
-
-def gpu_name(device: str) -> str | None:
-    """The simulator's name for a device; None if it has none."""
-    words = re.split(r"[^a-z0-9]+", device.lower())
-
-    def is_there(part: str) -> bool:
-        return part in words or f"{part}b" in words  # an A100 is of 80GB, its short name's end is 80g
-
-    return next((name for name in GPU_NAMES if all(map(is_there, name.split("-")))), None)
 
 
 def _made(seconds: int) -> Profile:

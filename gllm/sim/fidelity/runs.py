@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gllm.console.output import TRACE_NAME
+from gllm.gpu_names import gpu_name
 from gllm.model_shape import ModelShape
 from gllm.parallel import Parallel
 from gllm.report.files import RECORD_NAME, REPORT_NAME
@@ -119,13 +120,13 @@ def _check_same(first: RecordedRun, other: RecordedRun) -> None:
 
 def _gpu(config: Mapping[str, Any], profile: str, where: str) -> str:
     """Name of the GPU whose data sheet the run's device has; of any, if a profile speaks for a device without one."""
-    device = "-".join(str(config.get("gpu", "")).lower().split())
-    names = sorted((name for name in GPUS if name in device), key=len)
-    if not names and profile in {"auto", "none"}:
+    device = str(config.get("gpu", ""))
+    name = gpu_name(device)
+    if name is None and profile in {"auto", "none"}:
         raise ValueError(
             f"{where}: its gpu {device!r} is none that is known; name one with --gpu, or a profile with --profile"
         )
-    return names[-1] if names else next(iter(GPUS))
+    return name or next(iter(GPUS))
 
 
 def _value(kind: type[_Value], config: Mapping[str, Any], name: str, where: str) -> _Value:
