@@ -45,7 +45,7 @@ NUM_STEPS = 40
 NUM_PROFILED = 4
 KINDS = (  # the first that a kernel's name holds
     ("attention", ("_decode_kernel", "_chunk", "flash")),
-    ("attention plan, inputs", ("_plan_kernel", "_lay_out", "_set_blocks")),
+    ("attention plan, inputs", ("_plan_kernel", "_plan_chunks_kernel", "_lay_out", "_set_blocks")),
     ("norm, rotary, cache", ("norm",)),
     ("activation", ("silu",)),
     ("experts", ("expert", "moe", "route", "grouped")),
@@ -62,8 +62,11 @@ class Span(NamedTuple):
     end: float
 
 
-def make_stage(folder: Path, *, max_num_seqs: int, context: int) -> Stage:
-    """A whole model on this GPU, with room for so many sequences of that length and what the steps add."""
+def make_stage(folder: Path, *, max_num_seqs: int, context: int, max_tokens: int = 1) -> Stage:
+    """A whole model on this GPU, with room for so many sequences of that length and what the steps add.
+
+    Steps with chunks are captured, too, up to `max_tokens`.
+    """
     config = load_model_config(folder)
     device = torch.device("cuda")
     shard = Shard(layers=range(config.shape.num_layers))
@@ -82,7 +85,7 @@ def make_stage(folder: Path, *, max_num_seqs: int, context: int) -> Stage:
     for cache in stage.caches:
         cache.keys.normal_()
         cache.values.normal_()
-    stage.capture()
+    stage.capture(max_tokens)
     return stage
 
 

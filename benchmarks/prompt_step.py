@@ -121,7 +121,8 @@ def main() -> int:
     gpu = torch.cuda.get_device_name()
     with model_folder(args.model) as folder:
         result = {**describe_run(RUNTIME_PACKAGES), "model": model_name(folder), "gpu": gpu, "steps": []}
-        stage = make_stage(folder, max_num_seqs=-(-max(args.tokens) // args.prompt), context=args.prompt)
+        most = max(args.tokens)
+        stage = make_stage(folder, max_num_seqs=-(-most // args.prompt), context=args.prompt, max_tokens=most)
         for size in args.tokens:
             result["steps"].append(measure(stage, size, args.prompt))
             print(json.dumps(result["steps"][-1]), flush=True)

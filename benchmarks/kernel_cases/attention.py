@@ -109,6 +109,23 @@ def plan_of(
     )
 
 
+def chunk_plan_of(
+    heads: Heads, inputs: Inputs, num_decodes: int, tuning: chunk_attention.Tuning | None = None
+) -> chunk_attention.ChunkPlan:
+    """A plan of what follows so many decodes, as a step makes one for all its layers."""
+    return chunk_attention.plan_chunks(
+        inputs.query_starts,
+        inputs.kv_lens,
+        torch.full((1,), num_decodes, dtype=torch.int32, device="cuda"),
+        max_tokens=len(inputs.q) - num_decodes,
+        max_chunks=len(inputs.kv_lens) - num_decodes,
+        group_size=heads.num_heads // heads.num_kv_heads,
+        head_dim=HEAD_DIM,
+        dtype=DTYPE,
+        tuning=tuning,
+    )
+
+
 def plan_works(batch: Batch, copies: int) -> list[Work]:
     """The plan alone."""
     kv_lens = [torch.tensor(batch.kv_lens, dtype=torch.int32, device="cuda") for _ in range(copies)]
@@ -133,15 +150,8 @@ def chunk_works(heads: Heads, batch: Batch, copies: int, *, tuning: chunk_attent
 
     def work() -> Work:
         inputs = draw(heads, batch)
-        out = torch.empty_like(inputs.q)
-        return lambda: chunk_attention.chunk_triton(
-            out,
-            *inputs,
-            first_chunk=0,
-            max_query_len=max(batch.query_lens),
-            scale=HEAD_DIM**-0.5,
-            tuning=tuning,
-        )
+        out, plan = torch.empty_like(inputs.q), chunk_plan_of(heads, inputs, 0, tuning)
+        return lambda: chunk_attention.chunk_triton(out, *inputs, plan=plan, scale=HEAD_DIM**-0.5)
 
     return [work() for _ in range(copies)]
 
@@ -151,7 +161,7 @@ def mixed_works(heads: Heads, batch: Batch, copies: int, *, backend: str) -> lis
 
     def work() -> Work:
         inputs, num_decodes = draw(heads, batch), batch.query_lens.count(1)
-        plan = plan_of(heads, inputs.kv_lens[:num_decodes])
+        plan, chunk_plan = plan_of(heads, inputs.kv_lens[:num_decodes]), chunk_plan_of(heads, inputs, num_decodes)
         return lambda: paged_attention(
             *inputs[:3],
             **inputs.named_tables(),
@@ -160,6 +170,7 @@ def mixed_works(heads: Heads, batch: Batch, copies: int, *, backend: str) -> lis
             max_kv_len=max(batch.kv_lens),
             scale=HEAD_DIM**-0.5,
             decode_plan=plan,
+            chunk_plan=chunk_plan,
             backend=backend,
         )
 

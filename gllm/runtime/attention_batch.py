@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 if TYPE_CHECKING:
-    from gllm_kernels.decode_attention import DecodePlan
+    from gllm_kernels.chunk_plan import ChunkPlan
+    from gllm_kernels.decode_plan import DecodePlan
     from torch import Tensor
 
     from gllm.runtime.model_config import ModelConfig
@@ -35,10 +36,11 @@ class AttentionBatch:
     query_starts: Tensor  # int32 [S + 1]: sequence s has tokens query_starts[s] to query_starts[s + 1]
     kv_lens_S: Tensor  # int32, keys of each sequence, this step's included
     block_tables_SB: Tensor  # int32, padded with any valid block
-    num_decodes: int  # the first this many sequences have exactly one token each
+    num_decodes: int  # the first this many sequences have exactly one token each; with both plans a bound
     max_query_len: int
     max_kv_len: int
     decode_plan: DecodePlan | None = None  # of the decodes' lengths, for kernels that share their keys out
+    chunk_plan: ChunkPlan | None = None  # of the chunks, for kernels that share their rows out
     backend: str = "torch"  # what computes attention
 
 

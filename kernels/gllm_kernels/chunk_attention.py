@@ -1,7 +1,8 @@
 """Causal attention of chunks of prompts over a paged cache that holds what came before them and the chunks themselves.
 
 FlashAttention-2 (arXiv 2307.08691) with the query heads that share a KV head packed into the rows of one product:
-a row is one query of one head. Each program has a block of rows; the keys that all its rows see are read without masks.
+a row is one query of one head. Each program has a block of rows (see `chunk_plan`); the keys that all its rows see are
+read without masks.
 
 Shapes: T tokens, S sequences, Q tokens of one chunk, L keys of one sequence, H query heads, K KV heads, G = H / K query
 heads per KV head, E head dimension, N blocks of the cache, P tokens per block, B blocks of a sequence.
@@ -9,39 +10,22 @@ heads per KV head, E head dimension, N blocks of the cache, P tokens per block, 
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
 
+from gllm_kernels.chunk_plan import ChunkPlan, Tuning, default_tuning, plan_chunks
 from gllm_kernels.jit import next_power_of_2, runs_triton, tl, triton
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch import Tensor
 
+__all__ = ["ChunkPlan", "Tuning", "chunk_attention", "default_tuning", "plan_chunks"]
+
 LOG2_E = 1.4426950408889634
-
-
-class Tuning(NamedTuple):
-    """How the kernel runs; never what it computes."""
-
-    rows: int  # (query, head) pairs of a program
-    tile: int  # keys read at a time
-    num_warps: int
-    num_stages: int
-
-
-@lru_cache
-def default_tuning(head_dim: int, dtype: torch.dtype) -> Tuning:
-    """What suits an H200."""
-    if dtype == torch.float32:
-        return Tuning(rows=16, tile=16, num_warps=4, num_stages=1)
-    if head_dim > 128:
-        return Tuning(rows=128, tile=32, num_warps=8, num_stages=2)
-    return Tuning(rows=128, tile=64, num_warps=8, num_stages=3)
 
 
 def chunk_attention(
@@ -52,26 +36,22 @@ def chunk_attention(
     query_starts: Tensor,
     kv_lens_S: Tensor,
     block_tables_SB: Tensor,
-    first_chunk: int,
-    max_query_len: int,
+    plan: ChunkPlan,
     scale: float,
     out_THE: Tensor,
-    tuning: Tuning | None = None,
 ) -> Tensor:
-    """What each token of the sequences from `first_chunk` on sees of its sequence's keys up to itself.
+    """What each token of a plan's chunks sees of its sequence's keys up to itself.
 
     Args:
-        q_THE: queries; the rows of earlier sequences are not read.
+        q_THE: queries; the rows of other sequences are not read.
         keys_NPKE: the layer's keys.
         values_NPKE: the layer's values.
         query_starts: int32 [S + 1], where each sequence's tokens begin in T.
         kv_lens_S: int32, keys of each sequence, its chunk included.
         block_tables_SB: int32, blocks of each sequence in order; rows may lie apart, their entries next to each other.
-        first_chunk: the first sequence that is computed.
-        max_query_len: no chunk is longer.
+        plan: of these starts and lengths.
         scale: what scores are multiplied by; positive.
         out_THE: written where a chunk has a token.
-        tuning: instead of what suits these shapes.
 
     Returns:
         `out_THE`.
@@ -80,13 +60,12 @@ def chunk_attention(
         ValueError: shapes, types or layouts that do not fit each other.
     """
     _check(q_THE, keys_NPKE, values_NPKE, query_starts, kv_lens_S, block_tables_SB, out_THE, scale)
-    if first_chunk >= len(kv_lens_S):
-        return out_THE
     arguments = (out_THE, q_THE, keys_NPKE, values_NPKE, query_starts, kv_lens_S, block_tables_SB)
     if runs_triton(q_THE):
-        chunk_triton(*arguments, first_chunk=first_chunk, max_query_len=max_query_len, scale=scale, tuning=tuning)
+        chunk_triton(*arguments, plan=plan, scale=scale)
     else:
-        chunk_reference(*arguments, first_chunk=first_chunk, scale=scale)
+        planned = set(plan.entries_J2[:, 0].tolist()) - {-1}
+        chunk_reference(*arguments, sequences=sorted(planned), scale=scale)
     return out_THE
 
 
@@ -134,13 +113,13 @@ def chunk_reference(
     kv_lens_S: Tensor,
     block_tables_SB: Tensor,
     *,
-    first_chunk: int,
+    sequences: Iterable[int],
     scale: float,
 ) -> None:
     """Plain torch: one sequence after another."""
     starts: Sequence[int] = query_starts.tolist()
     kv_lens: Sequence[int] = kv_lens_S.tolist()
-    for sequence in range(first_chunk, len(kv_lens)):
+    for sequence in sequences:
         start, end, kv_len = starts[sequence], starts[sequence + 1], kv_lens[sequence]
         blocks_B = block_tables_SB[sequence, : -(-kv_len // keys_NPKE.shape[1])]
         out_THE[start:end] = _attend(
@@ -173,17 +152,13 @@ def chunk_triton(
     kv_lens_S: Tensor,
     block_tables_SB: Tensor,
     *,
-    first_chunk: int,
-    max_query_len: int,
+    plan: ChunkPlan,
     scale: float,
-    tuning: Tuning | None = None,
 ) -> None:
-    """One program for each block of rows of each chunk and KV head; those beyond a chunk's end return at once."""
+    """One program for each of the plan's entries and each KV head; where an entry is empty it returns at once."""
     _, block_size, num_kv_heads, head_dim = keys_NPKE.shape
-    group_size = q_THE.shape[1] // num_kv_heads
-    rows, tile, num_warps, num_stages = tuning or default_tuning(head_dim, q_THE.dtype)
-    num_chunks = len(kv_lens_S) - first_chunk
-    _chunk_kernel[(-(-max_query_len * group_size // rows) * num_chunks * num_kv_heads,)](
+    rows, tile, num_warps, num_stages = plan.tuning
+    _chunk_kernel[(len(plan.entries_J2) * num_kv_heads,)](
         out_THE,
         q_THE,
         keys_NPKE,
@@ -191,12 +166,11 @@ def chunk_triton(
         query_starts,
         kv_lens_S,
         block_tables_SB,
+        plan.entries_J2,
         block_tables_SB.stride(0),
-        first_chunk,
-        num_chunks,
         scale * LOG2_E,
         NUM_KV_HEADS=num_kv_heads,
-        GROUP_SIZE=group_size,
+        GROUP_SIZE=q_THE.shape[1] // num_kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         ROWS=rows,
@@ -209,8 +183,8 @@ def chunk_triton(
 
 
 @triton.jit(
-    do_not_specialize=["table_stride", "first_chunk", "num_chunks"],
-    do_not_specialize_on_alignment=["query_starts_ptr", "kv_lens_ptr", "tables_ptr"],
+    do_not_specialize=["table_stride"],
+    do_not_specialize_on_alignment=["query_starts_ptr", "kv_lens_ptr", "tables_ptr", "entries_ptr"],
 )
 def _chunk_kernel(
     out_ptr,
@@ -220,9 +194,8 @@ def _chunk_kernel(
     query_starts_ptr,
     kv_lens_ptr,
     tables_ptr,
+    entries_ptr,
     table_stride,
-    first_chunk,
-    num_chunks,
     log2_scale,
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
@@ -233,15 +206,14 @@ def _chunk_kernel(
     WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # The last rows of a chunk see the most keys: they go first, so that no long program starts at the end.
-    head = tl.program_id(0) % NUM_KV_HEADS
-    sequence = first_chunk + tl.program_id(0) // NUM_KV_HEADS % num_chunks
-    turn = tl.program_id(0) // NUM_KV_HEADS // num_chunks
-    first_row = (tl.num_programs(0) // NUM_KV_HEADS // num_chunks - 1 - turn) * ROWS
+    # Neighbouring programs read neighbouring heads of the same keys.
+    entry, head = tl.program_id(0) // NUM_KV_HEADS, tl.program_id(0) % NUM_KV_HEADS
+    sequence = tl.load(entries_ptr + 2 * entry)
+    if sequence < 0:
+        return
+    first_row = tl.load(entries_ptr + 2 * entry + 1)
     start = tl.load(query_starts_ptr + sequence)
     query_len = tl.load(query_starts_ptr + sequence + 1) - start
-    if first_row >= query_len * GROUP_SIZE:
-        return
     kv_len = tl.load(kv_lens_ptr + sequence)
     context = kv_len - query_len
 

@@ -61,12 +61,14 @@ def plan_decode(
     num_kv_heads: int,
     head_dim: int,
     dtype: torch.dtype,
+    num_decodes_1: Tensor | None = None,
     tuning: Tuning | None = None,
 ) -> DecodePlan:
     """Share out the keys of sequences with one query each. Nothing but S is decided on the host.
 
     Args:
         kv_lens_S: int32, keys of each sequence; may be 0.
+        num_decodes_1: int32, how many of them there are; those after them get no part of the plan. None: all are.
         num_heads: query heads of this rank.
         num_kv_heads: KV heads of this rank.
         head_dim: of keys and values.
@@ -81,7 +83,9 @@ def plan_decode(
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads} query heads cannot share {num_kv_heads} KV heads evenly")
     plan = _empty_plan(kv_lens_S, num_heads, num_kv_heads, head_dim, dtype, tuning)
-    (plan_triton if runs_triton(kv_lens_S) else plan_reference)(plan, kv_lens_S)
+    if num_decodes_1 is None:
+        num_decodes_1 = torch.full((1,), len(kv_lens_S), dtype=torch.int32, device=kv_lens_S.device)
+    (plan_triton if runs_triton(kv_lens_S) else plan_reference)(plan, kv_lens_S, num_decodes_1)
     return plan
 
 
@@ -97,10 +101,11 @@ def _empty_plan(
     return DecodePlan(bounds_S, spans.view(-1, 2), quota, counters.view(-1, num_kv_heads), scratch, tuning)
 
 
-def plan_reference(plan: DecodePlan, kv_lens_S: Tensor) -> None:
+def plan_reference(plan: DecodePlan, kv_lens_S: Tensor, num_decodes_1: Tensor) -> None:
     """Plain torch, written into the plan's tensors."""
-    num_workers = len(plan.spans_W2)
+    num_workers, num_decodes = len(plan.spans_W2), int(num_decodes_1)
     tiles_S = (kv_lens_S + (plan.tuning.tile - 1)).div(plan.tuning.tile, rounding_mode="floor").clamp(min=1)
+    tiles_S[num_decodes:] = 0
     plan.bounds_S[0] = 0
     plan.bounds_S[1:] = tiles_S.cumsum(0)
     num_tiles = plan.bounds_S[-1:]
@@ -108,19 +113,19 @@ def plan_reference(plan: DecodePlan, kv_lens_S: Tensor) -> None:
     plan.quota.copy_(torch.maximum((num_tiles + (num_workers - 1)).div(num_workers, rounding_mode="floor"), least))
     starts_W = torch.arange(num_workers, device=kv_lens_S.device) * plan.quota
     ends_W = torch.minimum(starts_W + plan.quota, num_tiles)
-    begins_S = plan.bounds_S[:-1].long()
-    plan.spans_W2[:, 0] = torch.searchsorted(begins_S, starts_W, right=True) - 1
+    begins_S = plan.bounds_S[:num_decodes].long()
+    plan.spans_W2[:, 0] = (torch.searchsorted(begins_S, starts_W, right=True) - 1).clamp(min=0)
     plan.spans_W2[:, 1] = torch.searchsorted(begins_S, ends_W - 1, right=True) - 1
     plan.spans_W2[:, 1].masked_fill_(starts_W >= ends_W, -1)
     plan.counters_SK.zero_()
 
 
-def plan_triton(plan: DecodePlan, kv_lens_S: Tensor) -> None:
+def plan_triton(plan: DecodePlan, kv_lens_S: Tensor, num_decodes_1: Tensor) -> None:
     """The same in one launch; its programs each add up all lengths."""
     num_workers, num_sequences = len(plan.spans_W2), len(kv_lens_S)
-    held = next((size for size in PLANNED_SEQUENCES if num_sequences <= size), next_power_of_2(num_sequences))
     _plan_kernel[(-(-num_workers // PLANNED_WORKERS),)](
         kv_lens_S,
+        num_decodes_1,
         plan.bounds_S,
         plan.spans_W2,
         plan.quota,
@@ -129,17 +134,30 @@ def plan_triton(plan: DecodePlan, kv_lens_S: Tensor) -> None:
         num_workers,
         plan.counters_SK.numel(),
         TILE=plan.tuning.tile,
-        SEQUENCES=held,
+        SEQUENCES=planned_sequences(num_sequences),
         WORKERS=PLANNED_WORKERS,
     )
 
 
+def planned_sequences(num_sequences: int) -> int:
+    """How many a program of a planning kernel looks at."""
+    return next((size for size in PLANNED_SEQUENCES if num_sequences <= size), next_power_of_2(num_sequences))
+
+
 @triton.jit(
     do_not_specialize=["num_sequences", "num_workers", "num_counters"],
-    do_not_specialize_on_alignment=["kv_lens_ptr", "bounds_ptr", "spans_ptr", "quota_ptr", "counters_ptr"],
+    do_not_specialize_on_alignment=[
+        "kv_lens_ptr",
+        "num_decodes_ptr",
+        "bounds_ptr",
+        "spans_ptr",
+        "quota_ptr",
+        "counters_ptr",
+    ],
 )
 def _plan_kernel(
     kv_lens_ptr,
+    num_decodes_ptr,
     bounds_ptr,
     spans_ptr,
     quota_ptr,
@@ -153,7 +171,8 @@ def _plan_kernel(
 ):
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     sequence = tl.arange(0, SEQUENCES)
-    real = sequence < num_sequences
+    held, num_decodes = sequence < num_sequences, tl.load(num_decodes_ptr)
+    real = sequence < num_decodes
     kv_lens = tl.load(kv_lens_ptr + sequence, mask=real, other=0)
     tiles = tl.where(real, tl.maximum((kv_lens + TILE - 1) // TILE, 1), 0)
     ends = tl.cumsum(tiles, 0)
@@ -162,7 +181,7 @@ def _plan_kernel(
     least = (tl.sqrt_rn(tl.max(tiles, 0).to(tl.float32)) / 2).to(tl.int32)
     quota = tl.maximum((num_tiles + num_workers - 1) // num_workers, least)
     if program == 0:
-        tl.store(bounds_ptr + sequence, ends - tiles, mask=real)
+        tl.store(bounds_ptr + sequence, ends - tiles, mask=held)
         tl.store(bounds_ptr + num_sequences, num_tiles)
         tl.store(quota_ptr, quota)
     worker = program * WORKERS + tl.arange(0, WORKERS)
@@ -171,7 +190,7 @@ def _plan_kernel(
     # A sequence that ends at or before a tile lies wholly before it.
     first = tl.sum((real[None, :] & (ends[None, :] <= start[:, None])).to(tl.int32), 1)
     last = tl.sum((real[None, :] & (ends[None, :] <= end[:, None] - 1)).to(tl.int32), 1)
-    first = tl.minimum(first, num_sequences - 1)
+    first = tl.maximum(tl.minimum(first, num_decodes - 1), 0)
     last = tl.where(start < end, last, -1)
     tl.store(spans_ptr + worker * 2, first, mask=worker < num_workers)
     tl.store(spans_ptr + worker * 2 + 1, last, mask=worker < num_workers)

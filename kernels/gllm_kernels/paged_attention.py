@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gllm_kernels.chunk_attention import chunk_attention, chunk_reference
+from gllm_kernels.chunk_attention import ChunkPlan, chunk_attention, chunk_reference, plan_chunks
 from gllm_kernels.decode_attention import DecodePlan, decode_attention, decode_reference, plan_decode
 from gllm_kernels.flash_attention import flash_attention, what_flash_lacks
 from gllm_kernels.jit import HAS_TRITON
@@ -66,6 +66,7 @@ def paged_attention(
     max_kv_len: int,
     scale: float,
     decode_plan: DecodePlan | None = None,
+    chunk_plan: ChunkPlan | None = None,
     backend: str = "torch",
 ) -> Tensor:
     """What each token sees, [T, H, E] in q's dtype, of its sequence's keys up to itself; they are in the cache already.
@@ -77,12 +78,13 @@ def paged_attention(
         query_starts: int32 [S + 1], where each sequence's tokens begin.
         kv_lens_S: int32, keys of each sequence, its tokens of this step included.
         block_tables_SB: int32, the blocks of each sequence in order, padded with any valid block.
-        num_decodes: sequences at the front with exactly one token.
+        num_decodes: sequences at the front with exactly one token. With both plans it is a bound: they know how many.
         max_query_len: the most tokens of a sequence in this batch.
         max_kv_len: no sequence in this batch has more keys.
         scale: what scores are multiplied by.
         decode_plan: of the decodes' lengths, shared by all layers. Without one, "triton" makes one for this call and
             "flash" has flash-attn compute decodes, too.
+        chunk_plan: of the other sequences, shared by all layers. Without one, "triton" makes one for this call.
         backend: what computes, one of BACKENDS.
 
     Raises:
@@ -130,8 +132,7 @@ def paged_attention(
             query_starts=query_starts,
             kv_lens_S=kv_lens_S,
             block_tables_SB=block_tables_SB,
-            first_chunk=num_decodes,
-            max_query_len=max_query_len,
+            plan=chunk_plan or _plan_chunks(q_THE, keys_NPKE, query_starts, kv_lens_S, num_decodes),
             scale=scale,
             out_THE=out_THE,
         )
@@ -157,8 +158,25 @@ def _by_references(
         decode_reference(out_THE[:num_decodes], *decodes, scale=scale)
     if num_decodes < len(kv_lens_S):
         tables = query_starts, kv_lens_S, block_tables_SB
-        chunk_reference(out_THE, q_THE, keys_NPKE, values_NPKE, *tables, first_chunk=num_decodes, scale=scale)
+        chunks = range(num_decodes, len(kv_lens_S))
+        chunk_reference(out_THE, q_THE, keys_NPKE, values_NPKE, *tables, sequences=chunks, scale=scale)
     return out_THE
+
+
+def _plan_chunks(
+    q_THE: Tensor, keys_NPKE: Tensor, query_starts: Tensor, kv_lens_S: Tensor, num_decodes: int
+) -> ChunkPlan:
+    num_tokens, num_heads, head_dim = q_THE.shape
+    return plan_chunks(
+        query_starts,
+        kv_lens_S,
+        torch.full((1,), num_decodes, dtype=torch.int32, device=q_THE.device),
+        max_tokens=num_tokens - num_decodes,
+        max_chunks=len(kv_lens_S) - num_decodes,
+        group_size=num_heads // keys_NPKE.shape[2],
+        head_dim=head_dim,
+        dtype=keys_NPKE.dtype,
+    )
 
 
 def _plan(q_THE: Tensor, keys_NPKE: Tensor, kv_lens_S: Tensor) -> DecodePlan:

@@ -30,13 +30,19 @@ class SlotState(NamedTuple):
 
 
 class StepRows(NamedTuple):
-    """A step, as the host describes it; every tensor is int32 on the device."""
+    """A step, as the host describes it; every tensor is int32 on the device.
+
+    A step may be padded: rows of the padding slot at its end own the tokens that no sequence has. The host's numbers
+    are then bounds, from which the sizes of tensors and launches come, and the device's are true.
+    """
 
     slots_S: Tensor
     starts_S: Tensor  # where each chunk of a prompt starts; of decodes unused: the device knows
-    query_starts: Tensor  # [S + 1]: sequence s has tokens query_starts[s] to query_starts[s + 1]
+    query_starts: Tensor  # [S + 1]: sequence s has tokens query_starts[s] to query_starts[s + 1]; beyond T counts as T
     prompt_tokens: Tensor  # of all chunks, one after the other
+    num_decodes_1: Tensor  # sequences at the front that decode
     num_decodes: int
+    num_chunks: int
     num_tokens: int
     max_query_len: int
     table_width: int  # block table entries that anyone needs
@@ -97,13 +103,13 @@ def lay_out_triton(state: SlotState, rows: StepRows, *, block_size: int) -> Step
     longest = max(rows.max_query_len, rows.table_width)
     _lay_out[(num_rows, triton.cdiv(longest, _BLOCK))](
         *state,
-        *rows[:4],
+        *rows[:5],
         token_ids_T,
         positions_T,
         slot_mapping_T,
         kv_lens_S,
         block_tables_SB,
-        rows.num_decodes,
+        num_tokens,
         state.block_tables_NW.shape[1],
         rows.table_width,
         state.lengths_N.numel() - 1,
@@ -115,18 +121,21 @@ def lay_out_triton(state: SlotState, rows: StepRows, *, block_size: int) -> Step
 
 def lay_out_reference(state: SlotState, rows: StepRows, *, block_size: int) -> StepInputs:
     """Plain torch."""
-    num_rows, num_decodes = rows.slots_S.numel(), rows.num_decodes
+    num_rows, num_decodes = rows.slots_S.numel(), int(rows.num_decodes_1)
     slots_S = rows.slots_S.long()
-    counts_S = rows.query_starts.diff().long()
+    query_starts = rows.query_starts.clamp(max=rows.num_tokens)
+    counts_S = query_starts.diff().long()
     is_decode_S = torch.arange(num_rows, device=slots_S.device) < num_decodes
     starts_S = torch.where(is_decode_S, state.lengths_N[slots_S], rows.starts_S[:num_rows]).long()
     owners_T = torch.repeat_interleave(counts_S, output_size=rows.num_tokens)
-    offsets_T = torch.arange(rows.num_tokens, device=slots_S.device) - rows.query_starts[owners_T]
+    offsets_T = torch.arange(rows.num_tokens, device=slots_S.device) - query_starts[owners_T]
     is_padding_S = slots_S == state.lengths_N.numel() - 1
     is_padding_T = is_padding_S[owners_T]
     positions_T = (starts_S[owners_T] + offsets_T).masked_fill(is_padding_T, 0)
     blocks_T = state.block_tables_NW[slots_S[owners_T], positions_T // block_size].long()
-    tokens_T = torch.cat((state.last_tokens_N[slots_S[:num_decodes]], rows.prompt_tokens.long()))[: rows.num_tokens]
+    given = rows.prompt_tokens[: rows.num_tokens - num_decodes].long()
+    tokens_T = torch.zeros(rows.num_tokens, dtype=torch.int64, device=slots_S.device)
+    tokens_T[: num_decodes + len(given)] = torch.cat((state.last_tokens_N[slots_S[:num_decodes]], given))
     kv_lens_S = (starts_S + counts_S).masked_fill(is_padding_S, 0).to(torch.int32)
     state.lengths_N[slots_S] = kv_lens_S
     return StepInputs(
@@ -147,7 +156,10 @@ def _set_blocks(block_tables_NW, entries_U3, num, width, BLOCK: tl.constexpr):
     tl.store(block_tables_NW + slots.to(tl.int64) * width + places, blocks, u < num)
 
 
-@triton.jit(do_not_specialize=["num_decodes", "table_width", "padding"])
+@triton.jit(
+    do_not_specialize=["num_tokens", "table_width", "padding"],
+    do_not_specialize_on_alignment=["slots_S", "starts_S", "query_starts", "prompt_tokens", "num_decodes_1"],
+)  # parts of a larger tensor
 def _lay_out(
     block_tables_NW,
     lengths_N,
@@ -156,12 +168,13 @@ def _lay_out(
     starts_S,
     query_starts,
     prompt_tokens,
+    num_decodes_1,
     token_ids_T,
     positions_T,
     slot_mapping_T,
     kv_lens_S,
     block_tables_SB,
-    num_decodes,
+    num_tokens,
     width,
     table_width,
     padding,
@@ -171,18 +184,20 @@ def _lay_out(
     s, part = tl.program_id(0), tl.program_id(1)
     lane = part * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slots_S + s).to(tl.int64)
+    num_decodes = tl.load(num_decodes_1)
     is_real, is_decode = slot != padding, s < num_decodes
-    first = tl.load(query_starts + s)
-    count = tl.load(query_starts + s + 1) - first
+    first = tl.minimum(tl.load(query_starts + s), num_tokens)
+    count = tl.minimum(tl.load(query_starts + s + 1), num_tokens) - first
     start = tl.where(is_decode, tl.load(lengths_N + slot), tl.load(starts_S + s))
     start = tl.where(is_real, start, 0)
 
     is_token = lane < count
-    positions = (start + lane).to(tl.int64)
+    positions = tl.where(is_real, start + lane, 0).to(tl.int64)
     table = block_tables_NW + slot * width
     blocks = tl.load(table + positions // block_size, is_token & is_real, other=0).to(tl.int64)
     newest = tl.load(last_tokens_N + slot)
-    given = tl.load(prompt_tokens + first - num_decodes + lane, is_token & (s >= num_decodes), other=0).to(tl.int64)
+    is_given = is_token & is_real & (s >= num_decodes)
+    given = tl.load(prompt_tokens + first - num_decodes + lane, is_given, other=0).to(tl.int64)
     tokens = tl.where(is_decode & is_real, newest, given)
     places = tl.where(is_real, blocks * block_size + positions % block_size, -1)
     tl.store(token_ids_T + first + lane, tokens, is_token)

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from gllm_kernels.chunk_attention import Tuning, chunk_attention, chunk_reference, chunk_triton
+from gllm_kernels import chunk_plan
+from gllm_kernels.chunk_attention import Tuning, chunk_attention, chunk_reference, chunk_triton, plan_chunks
 from kernels.interpreter import let_scalars_bound_loops
 from kernels.paged_inputs import DTYPES, GPU, TOLERANCE, draw, error, truth
 
@@ -18,25 +19,65 @@ def tables_of(inputs):
     return inputs.query_starts, inputs.kv_lens, inputs.tables
 
 
+def plan_of(inputs, tuning=None, first=FIRST):
+    return plan_chunks(
+        inputs.query_starts,
+        inputs.kv_lens,
+        torch.tensor([first], dtype=torch.int32, device=inputs.q.device),
+        max_tokens=len(inputs.q) - first,
+        max_chunks=len(inputs.kv_lens) - first,
+        group_size=inputs.q.shape[1] // inputs.keys.shape[2],
+        head_dim=inputs.q.shape[2],
+        dtype=inputs.q.dtype,
+        tuning=tuning,
+    )
+
+
 def triton_of(inputs, tuning=None, first=FIRST):
     out = inputs.poisoned()
-    longest = max(inputs.query_lens)
     chunk_triton(
-        out,
-        *inputs.tensors,
-        *tables_of(inputs),
-        first_chunk=first,
-        max_query_len=longest,
-        scale=inputs.scale,
-        tuning=tuning,
+        out, *inputs.tensors, *tables_of(inputs), plan=plan_of(inputs, tuning, first=first), scale=inputs.scale
     )
     return out
 
 
 def reference_of(inputs, first=FIRST):
     out = inputs.poisoned()
-    chunk_reference(out, *inputs.tensors, *tables_of(inputs), first_chunk=first, scale=inputs.scale)
+    chunks = range(first, len(inputs.kv_lens))
+    chunk_reference(out, *inputs.tensors, *tables_of(inputs), sequences=chunks, scale=inputs.scale)
     return out
+
+
+@pytest.fixture
+def by_kernel(request, monkeypatch):
+    monkeypatch.setattr(chunk_plan, "runs_triton", lambda _: request.param)
+
+
+@pytest.mark.parametrize(
+    ("counts", "kv_lens", "num_decodes"),
+    [
+        ([7], [9], 0),
+        ([1, 1, 40, 17, 1, 300], [5, 0, 44, 17, 1, 900], 2),
+        ([1, 1], [3, 4], 2),
+        ([3] * 70, [3] * 70, 0),
+        ([1, 20, 1 << 26, 0, 0], [4, 20, 0, 0, 0], 1),  # padding has no keys, whatever its number of tokens
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("by_kernel", [True, False], indirect=True)
+@pytest.mark.usefixtures("by_kernel")
+def test_a_plan_lists_every_row_once(counts, kv_lens, num_decodes, group, device):
+    ints = [torch.tensor(each, dtype=torch.int32, device=device) for each in (counts, kv_lens, [num_decodes])]
+    starts = torch.cat((ints[0][:1] * 0, ints[0].cumsum(0).int()))
+    chunks = [(s, n) for s, (n, keys) in enumerate(zip(counts, kv_lens, strict=True)) if s >= num_decodes and keys]
+    num_tokens = sum(count for _, count in chunks)
+    sizes = {"max_tokens": num_tokens, "max_chunks": len(chunks) + 2, "group_size": group}
+    plan = plan_chunks(starts, *ints[1:], **sizes, head_dim=16, dtype=torch.float32, tuning=SMALL)
+    work = [(s, row) for s, count in chunks for row in range(0, count * group, SMALL.rows)]
+    found = [tuple(entry) for entry in plan.entries_J2.tolist()]
+    assert found[: len(work)] == work[::-1]
+    assert all(sequence == -1 for sequence, _ in found[len(work) :])
 
 
 @pytest.mark.parametrize("precision", [(DTYPES[0], Tuning(32, 32, 4, 2)), (DTYPES[1], None)], ids=str)
@@ -70,6 +111,15 @@ def test_tiles_end_around_what_the_first_query_sees(device):
     assert error(triton_of(inputs, SMALL, first=0), truth(inputs)) < TOLERANCE[torch.float32]
 
 
+def test_what_cannot_be_planned_is_refused(device):
+    starts, lens, one = (torch.zeros(size, dtype=torch.int32, device=device) for size in (4, 3, 1))
+    sizes = {"max_tokens": 3, "max_chunks": 3, "group_size": 2, "head_dim": 16, "dtype": torch.float32}
+    with pytest.raises(ValueError, match="int32"):
+        plan_chunks(starts.long(), lens, one, **sizes)
+    with pytest.raises(ValueError, match="one start more"):
+        plan_chunks(starts, starts, one, **sizes)
+
+
 def test_what_does_not_fit_is_refused(device):
     inputs = draw([20, 5], [7, 5], page=4, heads=2, group=2, width=16, dtype=torch.float32, device=device)
     q, keys, values = inputs.tensors
@@ -79,8 +129,7 @@ def test_what_does_not_fit_is_refused(device):
             "query_starts": inputs.query_starts,
             "kv_lens_S": inputs.kv_lens,
             "block_tables_SB": inputs.tables,
-            "first_chunk": 0,
-            "max_query_len": 7,
+            "plan": plan_of(inputs, first=0),
             "scale": 1.0,
             "out_THE": torch.empty_like(q),
         }

@@ -14,14 +14,15 @@ LENGTHS = [0, 1, 37, 16, 200, 0, 33]
 ONE_WORKER, SOME, MANY = Tuning(16, 4, 2, 1), Tuning(32, 4, 2, 6), Tuning(16, 4, 3, 16)
 
 
-def plan_of(inputs, tuning, make=plan_triton):
+def plan_of(inputs, tuning, make=plan_triton, num_decodes=None):
     plan = _empty_plan(
         inputs.kv_lens, inputs.q.shape[1], inputs.keys.shape[2], inputs.q.shape[2], inputs.q.dtype, tuning
     )
     for each in plan[:5]:
         each.fill_(-77)
     plan.scratch.fill_(float("nan"))
-    make(plan, inputs.kv_lens)
+    num_decodes = len(inputs.kv_lens) if num_decodes is None else num_decodes
+    make(plan, inputs.kv_lens, torch.tensor([num_decodes], dtype=torch.int32, device=inputs.q.device))
     return plan
 
 
@@ -59,6 +60,20 @@ def test_a_plan_gives_every_tile_to_one_worker(lengths, tuning, device):
     for worker, (first, last) in enumerate(plan.spans_W2.tolist()):
         mine = owners[worker * quota : (worker + 1) * quota]
         assert (first, last) == (mine[0], mine[-1]) if mine else last < first
+
+
+@pytest.mark.parametrize("num_decodes", [0, 2, 4, len(LENGTHS)])
+@pytest.mark.parametrize("tuning", [ONE_WORKER, SOME, MANY])
+def test_a_plan_leaves_those_that_do_not_decode_alone(num_decodes, tuning, device):
+    inputs = decodes(LENGTHS, page=16, heads=2, group=1, width=16, dtype=torch.float32, device=device)
+    plan = plan_of(inputs, tuning, num_decodes=num_decodes)
+    expected = plan_of(inputs, tuning, plan_reference, num_decodes=num_decodes)
+    for mine, other in zip(plan[:4], expected[:4], strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=0)
+    out = triton_of(inputs, plan)
+    assert out[num_decodes:].isnan().all()
+    if num_decodes:
+        assert error(out[:num_decodes], truth(inputs)[:num_decodes]) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from gllm_kernels import chunk_attention, decode_attention, decode_plan
+from gllm_kernels import chunk_attention, chunk_plan, decode_attention, decode_plan
+from gllm_kernels.chunk_plan import plan_chunks
 from gllm_kernels.decode_plan import plan_decode
 from gllm_kernels.flash_attention import what_flash_lacks
 from gllm_kernels.paged_attention import choose_backend, paged_attention
@@ -19,7 +20,7 @@ BATCHES = pytest.mark.parametrize("batch", [MIXED, DECODES, CHUNKS], ids=["mixed
 @pytest.fixture
 def kernels_everywhere(monkeypatch):
     """The kernels themselves where there is no GPU, too."""
-    for module in (decode_attention, decode_plan, chunk_attention):
+    for module in (decode_attention, decode_plan, chunk_attention, chunk_plan):
         monkeypatch.setattr(module, "runs_triton", lambda _: True)
 
 
@@ -52,6 +53,35 @@ def test_backends_agree(batch, dtype, device):
     for backend, with_plan in (("torch", False), ("triton", True), ("triton", False)):
         out = attend(inputs, num_decodes, backend, with_plan=with_plan)
         assert error(out, expected) < TOLERANCE[dtype]
+
+
+@BATCHES
+@pytest.mark.usefixtures("kernels_everywhere")
+def test_only_the_device_needs_to_know_who_decodes(batch, device):
+    """As in a graph: the host has bounds, and rows of padding follow."""
+    kv_lens, query_lens, num_decodes = batch
+    inputs = draw(kv_lens, query_lens, page=16, heads=2, group=2, width=64, dtype=torch.float32, device=device)
+    most = len(kv_lens)
+    padded_lens = torch.cat((inputs.kv_lens, inputs.kv_lens.new_zeros(1)))
+    starts = torch.cat((inputs.query_starts, inputs.query_starts.new_full((1,), 1 << 30)))
+    one = torch.tensor([num_decodes], dtype=torch.int32, device=device)
+    kinds = {"head_dim": 64, "dtype": torch.float32}
+    q = torch.cat((inputs.q, torch.full_like(inputs.q[:9], float("nan"))))
+    out = paged_attention(
+        q,
+        *inputs.tensors[1:],
+        query_starts=starts,
+        kv_lens_S=padded_lens,
+        block_tables_SB=torch.cat((inputs.tables, inputs.tables[:1])),
+        num_decodes=most,
+        max_query_len=len(q),
+        max_kv_len=1000,
+        scale=inputs.scale,
+        decode_plan=plan_decode(padded_lens[:most], num_heads=4, num_kv_heads=2, num_decodes_1=one, **kinds),
+        chunk_plan=plan_chunks(starts, padded_lens, one, max_tokens=len(q), max_chunks=most, group_size=2, **kinds),
+        backend="triton",
+    )
+    assert error(out[: len(inputs.q)], truth(inputs)) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.gpu

@@ -34,7 +34,9 @@ def rows(device, slots, chunks, tokens):
         ints([0] * len(slots) + [start for _, start, _ in chunks]),
         ints(np.cumsum([0, *counts]).tolist()),
         ints(tokens),
+        ints([len(slots)]),
         len(slots),
+        len(chunks),
         sum(counts),
         max(counts),
         WIDTH,
@@ -83,6 +85,39 @@ def test_every_token_has_its_place(run, slots, chunks, device):
     assert found.block_tables_SB.tolist() == tables
     for slot, (was, now) in enumerate(zip(before.lengths_N.tolist(), after.lengths_N.tolist(), strict=True)):
         assert now == ends.get(slot, was)
+
+
+@pytest.mark.parametrize("run", [lay_out_triton, lay_out_reference])
+@pytest.mark.parametrize("decoding", [[], [5, 0]])
+def test_padding_is_nobody(run, decoding, device):
+    """Rows of the padding slot at the end own the tokens that are left, as in a graph of a fixed size."""
+    rng = np.random.default_rng(0)
+    padding, num_tokens, chunk = NUM_SLOTS - 1, 400, (6, 30, 70)
+    before = state(rng, device)
+    exact, padded = (SlotState(*(each.clone() for each in before)) for _ in range(2))
+    tokens = rng.integers(1, 1000, 70).tolist()
+    few = rows(device, decoding, [chunk], tokens)
+    starts = [*few.query_starts.tolist(), *[1 << 30] * 3]
+    stale = few.prompt_tokens.new_full((num_tokens - len(tokens),), 77)
+    many = few._replace(
+        slots_S=torch.cat((few.slots_S, few.slots_S.new_full((3,), padding))),
+        starts_S=torch.cat((few.starts_S, few.starts_S.new_full((3,), 9))),
+        query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
+        prompt_tokens=torch.cat((few.prompt_tokens, stale)),
+        num_decodes=5,
+        num_tokens=num_tokens,
+        max_query_len=num_tokens,
+    )
+    expected, found = run(exact, few, block_size=BLOCK_SIZE), run(padded, many, block_size=BLOCK_SIZE)
+    num_real, num_rows = few.num_tokens, len(few.slots_S)
+    for name, of_padding in (("token_ids_T", 0), ("positions_T", 0), ("slot_mapping_T", -1)):
+        mine, other = getattr(found, name), getattr(expected, name)
+        assert mine[:num_real].tolist() == other.tolist()
+        assert mine[num_real:].tolist() == [of_padding] * (num_tokens - num_real)
+    assert found.kv_lens_S.tolist() == [*expected.kv_lens_S.tolist(), 0, 0, 0]
+    assert found.block_tables_SB[:num_rows].tolist() == expected.block_tables_SB.tolist()
+    assert padded.lengths_N[:padding].tolist() == exact.lengths_N[:padding].tolist()
+    assert padded.lengths_N[padding] == 0
 
 
 @pytest.mark.parametrize("run", [set_blocks_triton, set_blocks_reference])

@@ -75,6 +75,7 @@ class Attention(nn.Module):
             max_kv_len=batch.max_kv_len,
             scale=self.scale,
             decode_plan=batch.decode_plan,
+            chunk_plan=batch.chunk_plan,
             backend=batch.backend,
         )
         out_TD: Tensor = self.out(attended_THE.flatten(1))

@@ -3,7 +3,7 @@
 A step names only what is new: blocks, chunks of prompts, who decodes. The device keeps block tables, lengths and
 newest tokens (`gllm_kernels.step_inputs`) and lays out the rest; the host keeps what it needs to know without asking.
 
-Shapes: S sequences (decodes first, then chunks), R sampled rows, U new block table entries.
+Shapes: S sequences (decodes first, then chunks), T tokens, R sampled rows, U new block table entries.
 """
 
 from __future__ import annotations
@@ -25,15 +25,70 @@ if TYPE_CHECKING:
     Ints = NDArray[np.int32]
 
 
+class RowLayout:
+    """Where the rows of a step with chunks lie in one int32 tensor: room for those of all slots and one of padding.
+
+    Who decodes, starts and lengths come first, always of the same size, then the tokens of prompts. What no sequence
+    has is padding (`StepRows`): a graph, which reads more rows and tokens than there are, finds only padding there.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self._num_slots, self._most = num_slots, num_slots + 1
+        self.num_header = 3 * self._most + 2
+
+    def pack(self, slots: Ints, starts: Ints, query_starts: Ints, prompt_tokens: Ints, *, num_decodes: int) -> Ints:
+        """All in one array; `query_starts` ends with the number of tokens."""
+        packed = np.zeros(self.num_header + prompt_tokens.size, np.int32)
+        most, num_rows = self._most, slots.size
+        packed[0] = num_decodes
+        packed[1 : 1 + most] = self._num_slots
+        packed[1 : 1 + num_rows] = slots
+        packed[1 + most : 1 + most + num_rows] = starts
+        packed[1 + 2 * most + num_rows : self.num_header] = _BEYOND
+        packed[1 + 2 * most : 2 + 2 * most + num_rows] = query_starts
+        packed[self.num_header :] = prompt_tokens
+        return packed
+
+    def rows(
+        self,
+        packed: torch.Tensor,
+        *,
+        num_rows: int,
+        num_decodes: int,
+        num_chunks: int,
+        num_tokens: int,
+        table_width: int,
+    ) -> StepRows:
+        """So many of a packed tensor's rows; the numbers may be bounds."""
+        most = self._most
+        return StepRows(
+            packed[1 : 1 + num_rows],
+            packed[1 + most : 1 + most + num_rows],
+            packed[1 + 2 * most : 2 + 2 * most + num_rows],
+            packed[self.num_header : self.num_header + num_tokens],
+            packed[:1],
+            num_decodes=num_decodes,
+            num_chunks=num_chunks,
+            num_tokens=num_tokens,
+            max_query_len=num_tokens,
+            table_width=table_width,
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """A step on this worker."""
 
     rows: StepRows
+    packed: torch.Tensor | None  # those rows as `RowLayout` has them; None: it only decodes
     sampled_slots: list[int]
     sampled_slots_R: torch.Tensor  # int64, the same on the device
     sampled_rows_R: torch.Tensor | None  # int64: which of the step's tokens; None: it only decodes, and all are
     max_kv_len: int
+
+
+_BEYOND = 1 << 30
+"""A start beyond all tokens."""
 
 
 class _Decoding(NamedTuple):
@@ -56,6 +111,7 @@ class SlotTable:
         self._prompts: list[Ints] = [np.zeros(0, np.int32)] * num_slots
         self.padding_slot = num_slots
         self.width = -(-max_model_len // block_size)
+        self.layout = RowLayout(num_slots)
         # Graphs own only what is made while they are captured: what else they read must outlive them.
         self._one_each = torch.arange(num_slots + 1, dtype=torch.int32, device=device)
         nobody = self._one_each[:0]
@@ -85,7 +141,7 @@ class SlotTable:
             self._decoding = _Decoding(step.decode_slots, slots_S, slots_S.long(), slots.tolist())
         decoding, max_kv_len = self._decoding, int(self._lengths[slots].max())
         rows = self.decode_rows(decoding.slots_S, table_width=-(-max_kv_len // self._block_size))
-        return Work(rows, decoding.slots, decoding.slots_as_index_S, None, max_kv_len)
+        return Work(rows, None, decoding.slots, decoding.slots_as_index_S, None, max_kv_len)
 
     def decode_rows(self, slots_S: torch.Tensor, *, table_width: int) -> StepRows:
         """The rows of a step in which each of these slots (int32 on the device) has one token."""
@@ -95,7 +151,9 @@ class SlotTable:
             slots_S,  # a decode has no start
             self._one_each[: num + 1],
             slots_S[:0],
+            self._one_each[num : num + 1],
             num_decodes=num,
+            num_chunks=0,
             num_tokens=num,
             max_query_len=1,
             table_width=table_width,
@@ -117,31 +175,27 @@ class SlotTable:
         np.cumsum(counts, out=query_starts[1:])
         finals = [index for index, chunk in enumerate(step.chunks, start=num_decodes) if chunk.final]
         sampled = np.concatenate((decodes, slots[finals]))
-        sent = self._send(
+        starts = np.concatenate((np.zeros(num_decodes, np.int32), chunks[:, 1]))
+        packed, entries, sampled_R, sampled_rows_R = self._send(
+            self.layout.pack(slots, starts, query_starts, self._prompt_tokens(step), num_decodes=num_decodes),
             self._new_entries(step),
-            slots,
-            np.concatenate((np.zeros(num_decodes, np.int32), chunks[:, 1])),
-            query_starts,
             sampled,
             np.concatenate((np.arange(num_decodes, dtype=np.int32), query_starts[1:][finals] - 1)),
-            self._prompt_tokens(step),
         )
-        entries, slots_S, starts_S, query_starts_S, sampled_R, sampled_rows_R, prompt_tokens = sent
         if entries.numel():
             set_blocks(self.state.block_tables_NW, entries.view(-1, 3))
         max_kv_len = int(self._lengths[slots].max())
-        rows = StepRows(
-            slots_S,
-            starts_S,
-            query_starts_S,
-            prompt_tokens,
+        rows = self.layout.rows(
+            packed,
+            num_rows=num_rows,
             num_decodes=num_decodes,
+            num_chunks=len(chunks),
             num_tokens=int(query_starts[-1]),
-            max_query_len=int(counts.max()),
             table_width=-(-max_kv_len // self._block_size),
         )
         return Work(
-            rows,
+            rows._replace(max_query_len=int(counts.max())),
+            packed,
             sampled.tolist(),
             sampled_R.long(),
             sampled_rows_R.long(),

@@ -13,14 +13,16 @@ from collections import deque
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from gllm_kernels.decode_attention import plan_decode
+from gllm_kernels.chunk_plan import plan_chunks
+from gllm_kernels.decode_plan import plan_decode
 from gllm_kernels.step_inputs import StepRows, lay_out
 
 from gllm.runtime.attention_batch import AttentionBatch, KVCache, allocate_caches
 from gllm.runtime.messages import StageTime, StepDone
+from gllm.runtime.worker.arrival import Arrival
 from gllm.runtime.worker.clock import StageClock
-from gllm.runtime.worker.graph_sizes import graph_sizes
-from gllm.runtime.worker.graphs import DecodeGraphs
+from gllm.runtime.worker.graph_sizes import graph_sizes, token_graph_sizes
+from gllm.runtime.worker.graphs import DecodeGraphs, GraphPool, TokenGraphs
 from gllm.runtime.worker.inputs import SlotTable
 from gllm.runtime.worker.memory import MAX_SAMPLED
 from gllm.runtime.worker.sampler import Sampled, Sampler
@@ -28,6 +30,9 @@ from gllm.runtime.worker.sampler import Sampled, Sampler
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gllm_kernels.chunk_plan import ChunkPlan
+    from gllm_kernels.decode_plan import DecodePlan
+    from gllm_kernels.step_inputs import StepInputs
     from torch import Tensor
 
     from gllm.core import Limits
@@ -39,6 +44,11 @@ if TYPE_CHECKING:
     from gllm.runtime.worker.inputs import Work
 
     Later = Callable[[Callable[[], Report]], None]
+
+
+def has_token_graphs(backend: str) -> bool:
+    """Whether steps with chunks are captured: flash-attn's launches need their lengths on the host."""
+    return backend == "triton"
 
 
 class _Awaited(NamedTuple):
@@ -92,11 +102,32 @@ class Stage:
         self._awaited: deque[_Awaited] = deque()
         self._sampler = Sampler(limits.max_num_seqs, model.config.shape.vocab_size, device) if shard.is_last else None
         self._prompt_logprobs: dict[int, int] = {}  # slot -> how many alternatives its prompt's tokens are told with
-        self._graphs: DecodeGraphs | None = None
+        self._decode_graphs: DecodeGraphs | None = None
+        self._token_graphs: TokenGraphs | None = None
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Capture decode steps as CUDA graphs; all ranks of a stage at the same time."""
+    def capture(self, max_tokens: int) -> None:
+        """Capture steps of so many tokens and fewer as CUDA graphs; all ranks of a stage at the same time."""
+        pool = GraphPool()
+        if has_token_graphs(self._backend):
+            self._token_graphs = self._capture_tokens(pool, max_tokens)
+        self._decode_graphs = self._capture_decodes(pool)
+
+    def _capture_tokens(self, pool: GraphPool, max_tokens: int) -> TokenGraphs:
+        model, table = self.model, self._table
+        return TokenGraphs(
+            lambda rows, hidden_TD: self._compute(rows, hidden_TD, max_kv_len=self._max_model_len),
+            token_graph_sizes(max_tokens),
+            pool=pool,
+            layout=table.layout,
+            num_slots=self._max_num_seqs,
+            table_width=table.width,
+            hidden_size=None if model.shard.is_first else model.config.shape.hidden_size,
+            dtype=model.dtype,
+            device=model.device,
+        )
+
+    def _capture_decodes(self, pool: GraphPool) -> DecodeGraphs:
         model = self.model
 
         def compute(slots_S: Tensor, hidden_SD: Tensor | None) -> Tensor:
@@ -111,10 +142,11 @@ class Stage:
                 self._table.state.last_tokens_N[slots_S] = tokens_S
             return tokens_S
 
-        self._graphs = DecodeGraphs(
+        return DecodeGraphs(
             compute,
             choose if model.shard.is_last else None,
             graph_sizes(self._max_num_seqs),
+            pool=pool,
             padding_slot=self._table.padding_slot,
             hidden_size=None if model.shard.is_first else model.config.shape.hidden_size,
             dtype=model.dtype,
@@ -136,7 +168,9 @@ class Stage:
             torch.zeros(num_rows, dtype=torch.int32, device=device),
             starts.clamp(max=num_tokens),
             torch.zeros(num_tokens, dtype=torch.int32, device=device),
+            torch.zeros(1, dtype=torch.int32, device=device),
             num_decodes=0,
+            num_chunks=num_rows,
             num_tokens=num_tokens,
             max_query_len=longest,
             table_width=self._table.width,
@@ -161,41 +195,36 @@ class Stage:
         else:
             hidden_TD = self._received(work.rows.num_tokens)
         start = self._stamp()
-        graphs = self._graphs if work.sampled_rows_R is None else None
-        if graphs is not None and work.rows.num_decodes <= graphs.largest:
-            x_TD = graphs.replay(work.rows.slots_S, hidden_TD)
-        else:
-            graphs = None
-            x_TD = self._compute(work.rows, hidden_TD, max_kv_len=work.max_kv_len)
+        x_TD = self._run_layers(work, hidden_TD)
         head = self._stamp()
         if self._sampler is None:
             assert self._neighbours.after is not None
-            self._neighbours.after.send(x_TD if graphs is None else x_TD.clone())
+            self._neighbours.after.send(x_TD)
             self._tell_time(step.plan, start, head, head)
         else:
-            if graphs is not None and self._sampler.is_plain(work.sampled_slots):
-                make = self._sample_plain(step, work, graphs)
-            else:
-                make = self._sample(step, work, x_TD, self._sampler)
+            make = self._sample(step, work, x_TD, self._sampler)
             self._tell_time(step.plan, start, head, self._stamp())
             if self._report is not None:
                 self._report(make)
         if self.model.shard.is_first and work.sampled_slots and self._neighbours.tokens is not None:
             self._awaited.append(_Awaited(step.plan, work.sampled_slots_R))
 
+    def _run_layers(self, work: Work, hidden_TD: Tensor | None) -> Tensor:
+        """By a graph where one takes the step."""
+        rows, decode_graphs, token_graphs = work.rows, self._decode_graphs, self._token_graphs
+        if work.packed is None and decode_graphs is not None and rows.num_decodes <= decode_graphs.largest:
+            x_TD = decode_graphs.replay(rows.slots_S, hidden_TD)
+        elif work.packed is not None and token_graphs is not None and token_graphs.takes(rows):
+            x_TD = token_graphs.replay(work.packed, rows.num_tokens, hidden_TD)
+        else:
+            return self._compute(rows, hidden_TD, max_kv_len=work.max_kv_len)
+        # What goes to another GPU must not be overwritten on its way.
+        return x_TD.clone() if self._sampler is None else x_TD
+
     def _compute(self, rows: StepRows, hidden_TD: Tensor | None, *, max_kv_len: int) -> Tensor:
         """Lay out the step, embed its tokens if nobody has, and run the layers."""
         inputs = lay_out(self._table.state, rows, block_size=self._block_size)
-        plan = None
-        if rows.num_decodes and self.model.device.type == "cuda":
-            shape, tp_size = self.model.config.shape, self.model.shard.tp_size
-            plan = plan_decode(
-                inputs.kv_lens_S[: rows.num_decodes],
-                num_heads=shape.num_heads // tp_size,
-                num_kv_heads=shape.kv_heads_on(tp_size),
-                head_dim=shape.head_dim,
-                dtype=self.model.dtype,
-            )
+        decode_plan, chunk_plan = self._plan_attention(rows, inputs)
         batch = AttentionBatch(
             positions_T=inputs.positions_T,
             slot_mapping_T=inputs.slot_mapping_T,
@@ -205,13 +234,43 @@ class Stage:
             num_decodes=rows.num_decodes,
             max_query_len=rows.max_query_len,
             max_kv_len=max_kv_len,
-            decode_plan=plan,
+            decode_plan=decode_plan,
+            chunk_plan=chunk_plan,
             backend=self._backend,
         )
         if hidden_TD is None:
             hidden_TD = self.model.embed(inputs.token_ids_T)
         x_TD: Tensor = self.model(hidden_TD, batch, self.caches)
         return x_TD
+
+    def _plan_attention(self, rows: StepRows, inputs: StepInputs) -> tuple[DecodePlan | None, ChunkPlan | None]:
+        """How all layers share out attention, where kernels do that."""
+        decode_plan = chunk_plan = None
+        if self._backend == "torch":
+            return None, None
+        shape, shard = self.model.config.shape, self.model.shard
+        num_heads, num_kv_heads = shape.num_heads // shard.tp_size, shape.kv_heads_on(shard.tp_size)
+        if rows.num_decodes:
+            decode_plan = plan_decode(
+                inputs.kv_lens_S[: rows.num_decodes],
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=shape.head_dim,
+                dtype=self.model.dtype,
+                num_decodes_1=rows.num_decodes_1,
+            )
+        if rows.num_chunks and self._backend == "triton":
+            chunk_plan = plan_chunks(
+                rows.query_starts,
+                inputs.kv_lens_S,
+                rows.num_decodes_1,
+                max_tokens=rows.num_tokens,
+                max_chunks=rows.num_chunks,
+                group_size=num_heads // num_kv_heads,
+                head_dim=shape.head_dim,
+                dtype=self.model.dtype,
+            )
+        return decode_plan, chunk_plan
 
     def _admit(self, step: Step) -> None:
         if self._sampler is None or not step.admissions:
@@ -237,20 +296,32 @@ class Stage:
         size = num_tokens, self.model.config.shape.hidden_size
         return self._neighbours.before.receive(torch.empty(size, dtype=self.model.dtype, device=self.model.device))
 
-    def _sample_plain(self, step: Step, work: Work, graphs: DecodeGraphs) -> Callable[[], StepDone]:
-        """As `_sample`, by the graph that belongs to the one just replayed."""
-        tokens_R = graphs.choose(len(work.sampled_slots))
+    def _sample_plain(
+        self,
+        step: Step,
+        work: Work,
+        x_TD: Tensor,
+        graphs: DecodeGraphs,
+        told: list[tuple[int, list[Logprobs]]] | None,
+    ) -> Callable[[], StepDone]:
+        """As `_sample`, by a graph, which also keeps the tokens where they are fed in on this device."""
+        if work.sampled_rows_R is None:
+            tokens_R = graphs.choose(len(work.sampled_slots))
+        else:
+            tokens_R = graphs.choose_among(x_TD, work.sampled_rows_R, work.sampled_slots_R)
         if self._neighbours.tokens is not None:
             self._neighbours.tokens.send(tokens_R.clone())
-        arrived = _Arrival(tokens_R)
-        return lambda: StepDone(step.plan, arrived.wait(), None, None)
+        arrived = Arrival(tokens_R)
+        return lambda: StepDone(step.plan, arrived.wait(), None, told)
 
     def _sample(self, step: Step, work: Work, x_TD: Tensor, sampler: Sampler) -> Callable[[], StepDone]:
         """Choose tokens and send them to where they are fed in; what is returned waits for them."""
         told = self._tell_prompts(step, x_TD, sampler)
-        slots = work.sampled_slots
+        slots, graphs = work.sampled_slots, self._decode_graphs
         if not slots:
             return lambda: StepDone(step.plan, b"", None, told)
+        if graphs is not None and len(slots) <= graphs.largest and sampler.is_plain(slots):
+            return self._sample_plain(step, work, x_TD, graphs, told)
         x_RD = x_TD if work.sampled_rows_R is None else x_TD[work.sampled_rows_R]
         # In parts, so that the logits of a large batch never exist all at once.
         parts = [
@@ -261,7 +332,7 @@ class Stage:
             self._table.state.last_tokens_N[work.sampled_slots_R] = tokens_R
         else:
             self._neighbours.tokens.send(tokens_R)
-        arrived = _Arrival(tokens_R)
+        arrived = Arrival(tokens_R)
         return lambda: StepDone(step.plan, arrived.wait(), _logprobs(parts), told)
 
     def _choose(self, sampler: Sampler, x_RD: Tensor, slots: list[int], slots_R: Tensor) -> Sampled:
@@ -297,26 +368,6 @@ class Stage:
         clock = self._clock
         if clock is not None and self._report is not None:
             self._report(lambda: StageTime(plan, self._stage, *map(clock.read_ns, stamps)))
-
-
-class _Arrival:
-    """Tokens on their way to the host: the only thing of a step that anyone waits for."""
-
-    def __init__(self, tokens_R: Tensor) -> None:
-        self._tokens = tokens_R.to(torch.int32)
-        self._event: torch.cuda.Event | None = None
-        if tokens_R.is_cuda:
-            on_host = torch.empty(tokens_R.shape, dtype=torch.int32, pin_memory=True)
-            self._tokens = on_host.copy_(self._tokens, non_blocking=True)
-            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._event.record()
-
-    def wait(self) -> bytes:
-        """The tokens, packed."""
-        if self._event is not None:
-            self._event.synchronize()
-        packed: bytes = self._tokens.numpy().tobytes()
-        return packed
 
 
 def _parts(num_rows: int) -> list[slice]:

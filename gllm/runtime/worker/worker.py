@@ -34,10 +34,11 @@ from gllm.runtime.messages import (
 )
 from gllm.runtime.models import MODELS
 from gllm.runtime.weights import fill_with_dummy_weights, load_weights
+from gllm.runtime.worker.graph_sizes import token_graph_sizes
 from gllm.runtime.worker.groups import connect
 from gllm.runtime.worker.memory import check_weights, measure_peak, room_for_blocks
 from gllm.runtime.worker.outbox import Outbox
-from gllm.runtime.worker.stage import Stage
+from gllm.runtime.worker.stage import Stage, has_token_graphs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -187,6 +188,7 @@ class Worker:
         model = config.check()
         longest = config.max_model_len or model.max_position_embeddings
         self._limits = config.limits(num_blocks=-(-longest // config.block_size))  # until the engine says how many
+        self._max_tokens = parse_policy(config.policy).max_batch_tokens(self._limits)
         if device.type == "cpu":
             torch.set_num_threads(num_threads(model, config.num_local_workers))
         shard, self._neighbours = connect(config.parallel, model.shape, rank, device, self._limits.max_in_flight)
@@ -214,9 +216,11 @@ class Worker:
         """What the largest step takes on a GPU; computing it also compiles its kernels."""
         if device.type == "cpu":
             return 0
-        num_tokens = parse_policy(self._config.policy).max_batch_tokens(self._limits)
         stage = self._make_stage(num_blocks=1)
-        return measure_peak(lambda: stage.rehearse(num_tokens), device)
+        peak = measure_peak(lambda: stage.rehearse(self._max_tokens), device)
+        if self._config.cuda_graphs and has_token_graphs(self._backend):  # their memory is a pool of its own
+            peak += measure_peak(lambda: stage.rehearse(token_graph_sizes(self._max_tokens)[-1]), device)
+        return peak
 
     def _tell_loading(self, num_read: int, num_tensors: int) -> None:
         if time.monotonic() - self._told > _LOADING_S:
@@ -238,7 +242,7 @@ class Worker:
     def _allocate(self, num_blocks: int) -> None:
         self._stage = self._make_stage(num_blocks)
         if self._model.device.type == "cuda" and self._config.cuda_graphs:
-            self._stage.capture()
+            self._stage.capture(self._max_tokens)
         self._report(Allocated(self._rank))
 
     def _make_stage(self, num_blocks: int) -> Stage:

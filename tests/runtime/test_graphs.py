@@ -1,0 +1,105 @@
+"""Steps padded to the sizes of graphs, without a GPU: a graph here is what was captured, computed again."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from runtime import inprocess
+from runtime.inprocess import local_llm
+from runtime.stepping import random_prompts
+from runtime.tiny_models import VOCAB_SIZE, make
+
+from gllm import SamplingParams
+from gllm.runtime.worker import graphs, stage
+from gllm.runtime.worker.graph_sizes import graph_sizes, token_graph_sizes
+
+PROMPTS = random_prompts((1, 3, 41, 10, 70, 16, 17, 30, 2, 9), VOCAB_SIZE)
+MOST_TOKENS = 50  # in a graph: longer steps are computed without one
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+TOLD = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, prompt_logprobs=1, logprobs=1)
+
+
+class Pool:
+    """Captures by remembering."""
+
+    def capture(self, work):
+        work()
+        return SimpleNamespace(replay=work)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Gives the folder of a model, made once."""
+    made = {}
+
+    def get(name):
+        if name not in made:
+            made[name] = tmp_path_factory.mktemp(name)
+            make(name, made[name])
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """Stages replay; what is yielded lists the tokens of steps with chunks that did."""
+    replayed = []
+
+    class CapturedStage(stage.Stage):
+        def __init__(self, *args, **options):
+            super().__init__(*args, backend="triton", **options)
+            self.capture(MOST_TOKENS)
+
+    class CountedGraphs(graphs.TokenGraphs):
+        def replay(self, packed, num_tokens, hidden):
+            replayed.append(num_tokens)
+            return super().replay(packed, num_tokens, hidden)
+
+    monkeypatch.setattr(stage, "GraphPool", Pool)
+    monkeypatch.setattr(stage, "TokenGraphs", CountedGraphs)
+    monkeypatch.setattr(inprocess, "Stage", CapturedStage)
+    return replayed
+
+
+def answers(folder, params, **options):
+    with local_llm(folder, max_num_seqs=6, **options) as llm:
+        outputs = llm.generate([{"prompt_token_ids": tokens} for tokens in PROMPTS], params, use_tqdm=False)
+    return [(output.outputs[0].token_ids, output.prompt_logprobs) for output in outputs]
+
+
+@pytest.mark.parametrize("pp", [1, 2])
+@pytest.mark.parametrize(
+    "policy", ["sarathi:token_budget=64", "throttle:min_prefill=1,max_prefill=20", "prefill_first"]
+)
+def test_padding_changes_no_answer(policy, pp, tiny, request):
+    folder = tiny("qwen3")
+    expected = answers(folder, GREEDY, policy=policy, pp=pp)
+    replayed = request.getfixturevalue("captured")
+    assert answers(folder, GREEDY, policy=policy, pp=pp) == expected
+    assert replayed
+    assert max(replayed) <= MOST_TOKENS
+    assert set(replayed) - set(token_graph_sizes(MOST_TOKENS)), "nothing was padded"
+
+
+def test_prompts_are_told_of_from_a_graph(tiny, request):
+    folder = tiny("qwen3-moe")
+    expected = answers(folder, TOLD, policy="sarathi:token_budget=48")
+    replayed = request.getfixturevalue("captured")
+    found = answers(folder, TOLD, policy="sarathi:token_budget=48")
+    assert replayed
+    assert [tokens for tokens, _ in found] == [tokens for tokens, _ in expected]
+    for (_, mine), (_, others) in zip(found, expected, strict=True):
+        for place, other in zip(mine[1:], others[1:], strict=True):
+            assert {token: pytest.approx(entry.logprob, abs=1e-4) for token, entry in place.items()} == {
+                token: entry.logprob for token, entry in other.items()
+            }
+
+
+@pytest.mark.parametrize("most", [1, 7, 16, 100, 512, 600, 4096, 10_000])
+@pytest.mark.parametrize("sizes_of", [graph_sizes, token_graph_sizes])
+def test_sizes_increase_to_the_largest_step(most, sizes_of):
+    sizes = sizes_of(most)
+    assert sizes == sorted(set(sizes))
+    assert sizes[-1] == min(most, 512 if sizes_of is graph_sizes else 4096)
