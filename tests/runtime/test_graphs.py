@@ -71,7 +71,7 @@ def answers(folder, params, **options):
 
 @pytest.mark.parametrize("pp", [1, 2])
 @pytest.mark.parametrize(
-    "policy", ["sarathi:token_budget=64", "throttle:min_prefill=1,max_prefill=20", "prefill_first"]
+    "policy", ["sarathi:token_budget=64", "throttle:min_prefill=1,max_prefill=20", "prefill_first:token_budget=40"]
 )
 def test_padding_changes_no_answer(policy, pp, tiny, request):
     folder = tiny("qwen3")
