@@ -11,6 +11,7 @@ from runtime.stepping import random_prompts
 from runtime.tiny_models import VOCAB_SIZE, make
 
 from gllm import SamplingParams
+from gllm.model_shape import load_shape
 from gllm.runtime.worker import graphs, stage
 from gllm.runtime.worker.graph_sizes import graph_sizes, token_graph_sizes
 
@@ -80,7 +81,7 @@ def test_padding_changes_no_answer(policy, pp, tiny, request):
     assert answers(folder, GREEDY, policy=policy, pp=pp) == expected
     assert replayed
     assert max(replayed) <= MOST_TOKENS
-    assert set(replayed) - set(token_graph_sizes(MOST_TOKENS)), "nothing was padded"
+    assert set(replayed) - set(token_graph_sizes(MOST_TOKENS, load_shape(folder))), "nothing was padded"
 
 
 def test_prompts_are_told_of_from_a_graph(tiny, request):
@@ -98,8 +99,18 @@ def test_prompts_are_told_of_from_a_graph(tiny, request):
 
 
 @pytest.mark.parametrize("most", [1, 7, 16, 100, 512, 600, 4096, 10_000])
-@pytest.mark.parametrize("sizes_of", [graph_sizes, token_graph_sizes])
-def test_sizes_increase_to_the_largest_step(most, sizes_of):
-    sizes = sizes_of(most)
-    assert sizes == sorted(set(sizes))
-    assert sizes[-1] == min(most, 512 if sizes_of is graph_sizes else 4096)
+def test_sizes_increase_to_the_largest_step(most):
+    decodes = graph_sizes(most)
+    assert decodes == sorted(set(decodes))
+    assert decodes[-1] == min(most, 512)
+    for name in ("qwen3-0.6b", "qwen3-8b", "qwen3-30b-a3b"):
+        tokens = token_graph_sizes(most, load_shape(name))
+        assert tokens == sorted(set(tokens))
+        assert tokens[-1] <= most
+
+
+def test_large_models_need_no_graphs_of_long_steps():
+    """Their GPUs are busy for longer than a host needs to launch a step."""
+    largest = [token_graph_sizes(16384, load_shape(f"qwen3-{size}"))[-1] for size in ("0.6b", "8b", "32b")]
+    assert largest == [7808, 640, 256]
+    assert token_graph_sizes(16384, load_shape("qwen3-8b"), tp=4)[-1] == 4 * 640

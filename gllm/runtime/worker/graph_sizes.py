@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gllm.model_shape import ModelShape
+
 MAX_ROWS = 512
-
-MAX_TOKENS = 4096
-"""Of a step with chunks of prompts in a graph: what is longer keeps a GPU busy for longer than a host launches it."""
-
 MAX_CHUNKS = 64
 """Of a step in a graph, which holds programs of chunk attention for so many beginnings of chunks."""
+
+_LEAST_TOKENS, _MOST_TOKENS = 256, 8192
+_LAUNCH_S = 0.38e-3
+"""Of a layer's eleven kernels, one by one: benchmarks/results/prompt-step_qwen3-8b_nvidia-h200.json, 512 tokens."""
+
+_FLOP_PER_S = 650e12
+"""An H200's products of bfloat16 while it computes one prompt after another."""
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -18,9 +26,22 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return [*(size for size in sizes if size < largest), largest]
 
 
-def token_graph_sizes(max_batch_tokens: int) -> list[int]:
-    """Tokens of steps with chunks worth a graph: products compute in tiles of 64 or 128 rows anyway."""
-    sizes = [16, 32, 64, 96, *range(128, 512, 64), *range(512, 1024, 128), *range(1024, 2048, 256)]
-    sizes += range(2048, MAX_TOKENS + 1, 512)
-    largest = min(max_batch_tokens, MAX_TOKENS)
+def token_graph_sizes(max_batch_tokens: int, shape: ModelShape, tp: int = 1) -> list[int]:
+    """Tokens of steps with chunks worth a graph.
+
+    A step that keeps the GPU busy for longer than the host launches it needs none, and would only compute padding.
+    Products compute in tiles of 64 or 128 rows anyway.
+    """
+    sizes = [16, 32, 64, 96, *range(128, 1024, 64), *range(1024, 2048, 128), *range(2048, _MOST_TOKENS, 512)]
+    flop = 2 * _params_per_token(shape) / tp
+    worthwhile = int(_LAUNCH_S * _FLOP_PER_S / flop) // 64 * 64
+    largest = min(max_batch_tokens, max(_LEAST_TOKENS, min(worthwhile, _MOST_TOKENS)))
     return [*(size for size in sizes if size < largest), largest]
+
+
+def _params_per_token(shape: ModelShape) -> int:
+    """Weights of a layer that a token meets."""
+    if not shape.is_moe:
+        return shape.attention_params + shape.dense_mlp_params
+    experts = shape.num_experts_per_token * shape.expert_params + shape.shared_expert_params + shape.router_params
+    return shape.attention_params + experts

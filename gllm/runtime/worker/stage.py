@@ -117,7 +117,7 @@ class Stage:
         model, table = self.model, self._table
         return TokenGraphs(
             lambda rows, hidden_TD: self._compute(rows, hidden_TD, max_kv_len=self._max_model_len),
-            token_graph_sizes(max_tokens),
+            token_graph_sizes(max_tokens, model.config.shape, model.shard.tp_size),
             pool=pool,
             layout=table.layout,
             num_slots=self._max_num_seqs,
