@@ -138,7 +138,7 @@ def draw_triton(
         vocab_size,
         tiles_per_part,
         NUM_GROUPS=_TILE // 4,
-        IS_APPROXIMATE=logits_SV.is_cuda,
+        IS_APPROXIMATE=not logits_SV.is_cpu,
         num_warps=_NUM_WARPS,
     )
     _best_of_row[(num_rows,)](

@@ -29,14 +29,19 @@ except ModuleNotFoundError:
 
 
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether an operation on this tensor is a Triton kernel's."""
-    return tensor.is_cuda and HAS_TRITON
+    """Whether an operation on this tensor is a Triton kernel's; on the meta device, too, where none can run."""
+    return HAS_TRITON and not tensor.is_cpu
 
 
 @lru_cache
 def num_multiprocessors(device: torch.device) -> int:
-    """Programs that a device runs side by side; some for Triton's interpreter, so that its loops are real ones."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    """Programs that a device runs side by side; some for Triton's interpreter, so that its loops are real ones.
+
+    The meta device stands for the GPU that is in use.
+    """
+    if device.type == "cpu":
+        return 4
+    return torch.cuda.get_device_properties(None if device.type == "meta" else device).multi_processor_count
 
 
 def next_power_of_2(number: int) -> int:

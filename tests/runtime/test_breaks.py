@@ -167,9 +167,7 @@ def test_no_worker_calls_anybody_before_all_are_forked(tmp_path):
 
 
 def test_a_worker_whose_launcher_died_at_once_ends():
-    orphan = (
-        "import time; from gllm.runtime.worker.worker import _end_with_launcher; _end_with_launcher(0); time.sleep(60)"
-    )
+    orphan = "import time; from gllm.runtime.worker.worker import end_with_parent; end_with_parent(0); time.sleep(60)"
     assert subprocess.run([sys.executable, "-c", orphan], timeout=50, check=False).returncode == 1  # noqa: S603
 
 

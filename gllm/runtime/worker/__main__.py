@@ -22,6 +22,7 @@ from gllm.runtime import process
 from gllm.runtime.channels import ENGINE_GONE, LAUNCHER, watch_parent, worker_socket
 from gllm.runtime.errors import StartError
 from gllm.runtime.messages import WorkerFailed, encode
+from gllm.runtime.worker.compile_ahead import compile_ahead
 from gllm.runtime.worker.task import WorkerTask
 from gllm.runtime.worker.worker import check_devices, work
 
@@ -51,7 +52,7 @@ def launch(task: WorkerTask) -> WorkerFailed | None:
     all_forked = multiprocessing.get_context("fork").Barrier(config.num_local_workers)
     try:
         check_devices(config)
-        elastic_launch(launcher, work)(config, task.address, os.getpid(), all_forked)
+        elastic_launch(launcher, work)(config, task.address, os.getpid(), all_forked, compile_ahead(config))
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         return WorkerFailed(-1, _how(rank, failure))

@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from gllm.runtime.config import RuntimeConfig
     from gllm.runtime.messages import Order, Report
     from gllm.runtime.model_config import ModelConfig
+    from gllm.runtime.worker.compile_ahead import Ahead
 
     Tell = Callable[[Report], None]
     Later = Callable[[Callable[[], Report]], None]
@@ -58,12 +59,13 @@ _MIN_WIDTH_FOR_THREADS = 512
 _MOURNING_S = 5.0  # the launcher blames whoever ends first: that must be who died, not who lost a neighbour by it
 
 
-def work(config: RuntimeConfig, address: str, launcher: int, all_forked: Barrier) -> None:
+def work(config: RuntimeConfig, address: str, launcher: int, all_forked: Barrier, ahead: Ahead) -> None:
     """The whole life of a worker; torchrun's environment says which one it is. Never returns normally on an error."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not our parent's handler: die at once, whatever we wait for
-    _end_with_launcher(launcher)
+    end_with_parent(launcher)
     all_forked.wait()
+    ahead.load_compiler()
     rank = int(os.environ["RANK"])
     device = choose_device(config)
     if device.type == "cuda":
@@ -79,7 +81,7 @@ def work(config: RuntimeConfig, address: str, launcher: int, all_forked: Barrier
 
     is_loaded = False
     try:
-        worker = Worker(config, rank, device, report, _later(rank, device, address, report))
+        worker = Worker(config, rank, device, report, _later(rank, device, address, report), ahead=ahead)
         is_loaded = True
         worker.run(lambda: decode_order(line.recv()))
         is_over.set()
@@ -153,14 +155,14 @@ def _explain(rank: int, error: Exception, *, is_loaded: bool) -> tuple[str, bool
     return f"worker {rank} failed: {type(error).__name__}: {error} (GLLM_TRACEBACK=1 shows where)", False
 
 
-def _end_with_launcher(launcher: int) -> None:
-    """A worker whose launcher is gone has nobody to work for. A fork inherits pipes, so their ends tell nothing.
+def end_with_parent(parent: int) -> None:
+    """A fork whose parent is gone has nobody to work for. It inherits pipes, so their ends tell nothing.
 
-    Whose process that was is the launcher's own word: it may have died before its child could ask.
+    Whose process that was is the parent's own word: it may have died before its child could ask.
     """
 
     def watch() -> None:
-        while os.getppid() == launcher:
+        while os.getppid() == parent:
             time.sleep(_LOOK_S)
         os._exit(1)
 
@@ -176,12 +178,15 @@ class Worker:
         device: where it computes.
         report: tells the engine something now.
         later: takes what makes a report of a step, to be called when the device may be waited for.
+        ahead: compiles what is computed with.
 
     Raises:
         ValueError: The model cannot be loaded; the message says why.
     """
 
-    def __init__(self, config: RuntimeConfig, rank: int, device: torch.device, report: Tell, later: Later) -> None:
+    def __init__(
+        self, config: RuntimeConfig, rank: int, device: torch.device, report: Tell, later: Later, *, ahead: Ahead
+    ) -> None:
         self._config, self._rank, self._report, self._later = config, rank, report, later
         self._stage: Stage | None = None
         self._told = time.monotonic()
@@ -207,6 +212,7 @@ class Worker:
         else:
             load_weights(self._model, Path(config.model), progress=self._tell_loading)
         self._model.eval()
+        ahead.wait()
         num_blocks = room_for_blocks(
             model.shape, shard, config, self._limits, dtype=dtype, device=device, peak_bytes=self._peak_bytes(device)
         )
@@ -219,7 +225,8 @@ class Worker:
         stage = self._make_stage(num_blocks=1)
         peak = measure_peak(lambda: stage.rehearse(self._max_tokens), device)
         if self._config.cuda_graphs and has_token_graphs(self._backend):  # their memory is a pool of its own
-            peak += measure_peak(lambda: stage.rehearse(token_graph_sizes(self._max_tokens)[-1]), device)
+            largest = token_graph_sizes(self._max_tokens, self._model.config.shape, self._config.parallel.tp)[-1]
+            peak += measure_peak(lambda: stage.rehearse(largest), device)
         return peak
 
     def _tell_loading(self, num_read: int, num_tensors: int) -> None:

@@ -1,0 +1,125 @@
+"""What is compiled while workers load is what they will launch; and whatever fails there holds nobody up."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gllm.runtime.config import RuntimeConfig
+from gllm.runtime.worker import compile_ahead
+
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "vocab_size": 30001,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+}
+DENSE = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **SHAPE}
+SPARSE = {
+    **SHAPE,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "num_experts": 32,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 256,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [0],
+    "norm_topk_prob": True,
+}
+COMMON = {"_lay_out", "_rms_norm_kernel", "_decode_kernel", "_chunk_kernel", "_best_of_part", "_floor_of_row"}
+
+
+def diverted(*arguments, **environment):
+    """What a process of its own finds, which has Triton's compiler and no GPU."""
+    kept = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    here = Path(__file__).parent.parent
+    done = subprocess.run(  # noqa: S603 - our own module
+        [sys.executable, "-m", "runtime.diverted", *arguments],
+        cwd=here,
+        env={**kept, "PYTHONPATH": str(here), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "kernels"),
+    [
+        (DENSE, {}, {"_silu_and_mul_kernel"}),
+        (SPARSE, {"pp": 2, "tp": 2, "ep": 2}, {"_silu_and_mul_kernel", "_product_kernel", "_all_reduce_kernel"}),
+    ],
+    ids=["dense", "sparse"],
+)
+def test_the_first_steps_launch_all_that_traffic_launches(config, layout, kernels, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    found = diverted("missed", str(tmp_path), json.dumps(layout))
+    assert set(found["first"]) >= COMMON | kernels
+    assert found["missed"] == []
+
+
+def test_a_launch_finds_in_tritons_cache_what_was_compiled_for_it(tmp_path):
+    found = diverted("hits", TRITON_CACHE_DIR=str(tmp_path))
+    assert found == {"_rms_norm_kernel": True, "_silu_and_mul_kernel": True, "_floor_of_row": True}
+
+
+def test_without_gpus_nothing_is_compiled():
+    before = multiprocessing.active_children()
+    compile_ahead.compile_ahead(RuntimeConfig(model="nowhere", device="cpu")).wait()
+    assert multiprocessing.active_children() == before
+
+
+def test_what_fails_ahead_holds_nobody_up_and_says_nothing(monkeypatch, capfd):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("GLLM_TRACEBACK", raising=False)
+    start = time.monotonic()
+    compile_ahead.compile_ahead(RuntimeConfig(model="nowhere")).wait()  # no such folder, and here no GPU
+    assert time.monotonic() - start < compile_ahead.PATIENCE_S / 2
+    assert capfd.readouterr() == ("", "")
+
+
+def test_it_is_waited_for_until_the_last_compiler_has_ended(tmp_path):
+    ended, working = multiprocessing.Pipe(duplex=False)
+    done = tmp_path / "done"
+
+    def compile_slowly():
+        time.sleep(0.5)
+        done.touch()
+
+    pid = os.fork()
+    if not pid:
+        compilers = compile_ahead.Compilers(2)
+        compilers.submit(lambda: 1 / 0)
+        compilers.submit(compile_slowly)
+        compilers.join()
+        os._exit(0)
+    working.close()
+    compile_ahead.Ahead(ended).wait()
+    assert done.exists()
+    ended.close()
+    os.waitpid(pid, 0)
+
+
+def test_so_many_compile_at_once(tmp_path):
+    compilers = compile_ahead.Compilers(2)
+    for number in range(5):
+        compilers.submit((tmp_path / str(number)).touch)
+        assert len(compilers.running) <= 2
+    compilers.join()
+    assert len(list(tmp_path.iterdir())) == 5
