@@ -12,8 +12,8 @@ MAX_CHUNKS = 64
 """Of a step in a graph, which holds programs of chunk attention for so many beginnings of chunks."""
 
 _LEAST_TOKENS, _MOST_TOKENS = 256, 8192
-_LAUNCH_S = 0.38e-3
-"""Of a layer's eleven kernels, one by one: benchmarks/results/prompt-step_qwen3-8b_nvidia-h200.json, 512 tokens."""
+_LAUNCH_S = 0.65e-3
+"""Of a layer's eleven kernels, one by one, by a worker that also reports: 23 ms for all of Qwen3-8B beside an H200."""
 
 _FLOP_PER_S = 650e12
 """An H200's products of bfloat16 while it computes one prompt after another."""
@@ -30,9 +30,10 @@ def token_graph_sizes(max_batch_tokens: int, shape: ModelShape, tp: int = 1) -> 
     """Tokens of steps with chunks worth a graph.
 
     A step that keeps the GPU busy for longer than the host launches it needs none, and would only compute padding.
-    Products compute in tiles of 64 or 128 rows anyway.
+    Products compute in tiles of 64 or 128 rows anyway, and each graph takes time to capture.
     """
-    sizes = [16, 32, 64, 96, *range(128, 1024, 64), *range(1024, 2048, 128), *range(2048, _MOST_TOKENS, 512)]
+    sizes = [16, 32, 64, 96, *range(128, 512, 64), *range(512, 1024, 128), *range(1024, 2048, 256)]
+    sizes += range(2048, _MOST_TOKENS, 1024)
     flop = 2 * _params_per_token(shape) / tp
     worthwhile = int(_LAUNCH_S * _FLOP_PER_S / flop) // 64 * 64
     largest = min(max_batch_tokens, max(_LEAST_TOKENS, min(worthwhile, _MOST_TOKENS)))
