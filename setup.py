@@ -20,6 +20,7 @@ HOT = [
     "gllm/report/recorder.py",
     "gllm/sim/driver.py",
     "gllm/sim/pipeline.py",
+    "gllm/sim/profiled.py",
     "gllm/sim/roofline.py",
 ]
 

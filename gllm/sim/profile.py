@@ -43,18 +43,19 @@ class Profile:
     parallel: Parallel
     date: str
     num_layers: int
-    base_chunk: int  # tokens of the chunks that `eager` is measured with
-    graph_sizes: tuple[int, ...]
+    base_chunk: int  # tokens of the chunks that `tokens` is measured with
+    graph_sizes: tuple[int, ...]  # decodes alone
+    token_graph_sizes: tuple[int, ...]  # tokens of a step with chunks; `tokens` has a point at each
     decode: Curve  # by sequences
     decode_attention: Surface  # by sequences, then tokens of context
-    eager: Curve  # by tokens
+    tokens: Curve  # by tokens
     mixed: Curve  # by sequences
     prefill_one: Surface  # by tokens of a chunk, then tokens before it
     prefill_each: Surface
-    head: Curve  # by rows
+    head: Curve  # by rows; `graph_head` where none was measured outside of graphs
     graph_head: Curve | None
     decode_gap_ns: int
-    eager_gap_ns: int
+    chunked_gap_ns: int
     transfer: Curve | None  # by tokens
     dispatch_ns: int
     return_ns: int
@@ -134,7 +135,8 @@ def read_profile(path: Path) -> Profile:
 def _profile(top: Fields, name: str) -> Profile:
     parallel = _parallel(top.part("parallel"))
     prefill, gap, host = top.part("prefill_attention"), top.part("gap"), top.part("host")
-    decode_attention = top.part("decode_attention")
+    graph_head = None if top.is_absent("graph_head") else top.part("graph_head").curve("rows")
+    token_graph_sizes = top.points("token_graph_sizes", 1, may_be_empty=True)
     return Profile(
         name=name,
         shape=_shape(top.part("model_shape")),
@@ -145,21 +147,30 @@ def _profile(top: Fields, name: str) -> Profile:
         num_layers=top.whole("layers", 1),
         base_chunk=top.whole("base_chunk", 1),
         graph_sizes=top.points("graph_sizes", 1, may_be_empty=True),
+        token_graph_sizes=token_graph_sizes,
         decode=top.part("decode").curve("batches"),
-        decode_attention=decode_attention.surface("batches", "contexts", "ns"),
-        eager=top.part("eager").curve("tokens"),
+        decode_attention=top.part("decode_attention").surface("batches", "contexts", "ns"),
+        tokens=_tokens(top.part("tokens"), token_graph_sizes),
         mixed=top.part("mixed").curve("batches", lowest_ns=-MAX_NS),
         prefill_one=prefill.surface("queries", "starts", "one_ns"),
         prefill_each=prefill.surface("queries", "starts", "each_ns"),
-        head=top.part("head").curve("rows"),
-        graph_head=None if top.is_absent("graph_head") else top.part("graph_head").curve("rows"),
+        head=graph_head if graph_head and top.is_absent("head") else top.part("head").curve("rows"),
+        graph_head=graph_head,
         decode_gap_ns=gap.whole("decode_ns"),
-        eager_gap_ns=gap.whole("eager_ns"),
+        chunked_gap_ns=gap.whole("chunked_ns"),
         transfer=None if top.is_absent("transfer") else top.part("transfer").curve("tokens"),
         dispatch_ns=host.whole("dispatch_ns"),
         return_ns=host.whole("return_ns"),
         checks=tuple(_check(part, parallel.pp) for part in top.parts("checks")),
     )
+
+
+def _tokens(part: Fields, graph_sizes: tuple[int, ...]) -> Curve:
+    curve = part.curve("tokens")
+    missing = [size for size in graph_sizes if size not in curve.at]
+    if missing:
+        raise part.wrong("tokens", f"has no point at {missing[0]}, which is in token_graph_sizes")
+    return curve
 
 
 def _parallel(part: Fields) -> Parallel:

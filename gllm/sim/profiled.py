@@ -3,18 +3,18 @@
 docs/profile.md has the composition. L layers of a stage, all of the profile's:
 
     decodes alone, n of them     decode(n) + decode_attention(n, context)          by L / all
-    any other, T tokens          eager(T) + mixed(n) + decode_attention(n, context)
+    any other, T tokens          tokens(T) + mixed(n) + decode_attention(n, context)
                                  + prefill_attention(chunks)                       by L / all
     the last stage besides       head(rows)
     between steps of a stage     gap
 
-Where decodes are CUDA graphs, decode(n) and the head behind it are of the next captured size. Beyond its tables a part
-goes on as the roofline does, scaled to the nearest measured point; `Profiled.notes` says which did.
+Where a step is a CUDA graph, decode(n), tokens(T) and the head behind it are of the next captured size. Beyond its
+tables a part goes on as the roofline does, scaled to the nearest measured point; `Profiled.notes` says which did.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from functools import cache, partial
 from math import fsum
 from statistics import fmean
@@ -24,16 +24,15 @@ from gllm.parallel import Parallel
 from gllm.sim.constants import RooflineConstants
 from gllm.sim.cost import COMPONENTS
 from gllm.sim.gpus import GPUS
-from gllm.sim.interpolation import Sheet, look_up, two_times
+from gllm.sim.interpolation import Curve, Sheet, look_up, two_times
 from gllm.sim.roofline_parts import RooflineParts, scaled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from gllm.model_shape import ModelShape
     from gllm.sim.cost import Work
     from gllm.sim.gpus import Gpu
-    from gllm.sim.interpolation import Curve
     from gllm.sim.profile import Profile
 
 
@@ -73,9 +72,11 @@ class Profiled:
     def _prepare(self) -> None:
         """Each count's cost is computed once; counts are bounded by the batch size."""
         profile, roofline = self._profile, self._roofline
-        self._eager_ns = cache(self._curve(profile.eager, roofline.eager, "steps", "tokens"))
+        self._decode_ns = self._base(profile.decode, profile.graph_sizes, roofline.decode, "decode steps", "sequences")
+        self._tokens_ns = self._base(profile.tokens, profile.token_graph_sizes, roofline.tokens, "steps", "tokens")
         self._mixed_ns = cache(self._curve(profile.mixed, roofline.mixed, "mixed steps", "sequences"))
         self._head_ns = cache(self._rows(profile.head))
+        self._graph_head_ns = cache(self._graph_head())
         self._transfer_ns = cache(self._transfer())
         attention = Sheet(
             profile.decode_attention,
@@ -97,6 +98,7 @@ class Profiled:
         self._alone_ns = cache(lambda num_tokens: one.slice(num_tokens).times())
         self._alone_and_each_ns = cache(lambda num_tokens: two_times(one.slice(num_tokens), each.slice(num_tokens)))
         self._decode = cache(self._decode_step)
+        self._chunked = cache(self._chunked_step)
 
     def _on_gpu(
         self, profile: Profile, shape: ModelShape, gpu: Gpu, parallel: Parallel, constants: RooflineConstants
@@ -125,6 +127,20 @@ class Profiled:
         outside = self._outside(part, unit)
         return lambda point: look_up(curve, point, figure, outside)
 
+    def _base(
+        self, curve: Curve, sizes: Sequence[int], figure: Callable[[int], float], part: str, unit: str
+    ) -> Callable[[int], float]:
+        """In a graph at the next captured size, else on the line through the points beyond them alone.
+
+        The first step that is in no graph may take much longer than the largest that is.
+        """
+        first = bisect_right(curve.at, sizes[-1]) if sizes else 0
+        if first == len(curve.at):
+            first = 0
+        graph_ns = self._curve(curve, figure, part, unit)
+        beyond_ns = self._curve(Curve(curve.at[first:], curve.ns[first:]), figure, part, unit)
+        return lambda num: graph_ns(_padded(num, sizes)) if sizes and num <= sizes[-1] else beyond_ns(num)
+
     def _rows(self, curve: Curve) -> Callable[[int], int]:
         time_ns = self._curve(curve, self._roofline.head, "the head", "rows")
         return lambda num_rows: int(time_ns(num_rows)) if num_rows else 0
@@ -136,18 +152,29 @@ class Profiled:
         time_ns = self._curve(curve, figure, "transfers", "tokens")
         return lambda num_tokens: int(time_ns(num_tokens))
 
+    def _graph_head(self) -> Callable[[int], int]:
+        """Of a step in a graph, by rows: a graph of its own, as far as the sizes of decode steps reach."""
+        curve, sizes, eager_ns = self._profile.graph_head, self._profile.graph_sizes, self._head_ns
+        if curve is None or not sizes:
+            return eager_ns
+        graph_ns = self._rows(curve)
+        return lambda num_rows: graph_ns(_padded(num_rows, sizes)) if 0 < num_rows <= sizes[-1] else eager_ns(num_rows)
+
     def _decode_step(self, num_decode: int) -> _DecodeStep:
-        profile, sizes = self._profile, self._profile.graph_sizes
-        in_graph = not sizes or num_decode <= sizes[-1]
-        size = sizes[bisect_left(sizes, num_decode)] if sizes and in_graph else num_decode
-        base_ns = self._curve(profile.decode, self._roofline.decode, "decode steps", "sequences")(size)
-        head = self._head_ns if profile.graph_head is None or not in_graph else self._rows(profile.graph_head)
-        return _DecodeStep(base_ns, self._decode_attention(num_decode), head(size if sizes else num_decode))
+        return _DecodeStep(
+            self._decode_ns(num_decode), self._decode_attention(num_decode), self._graph_head_ns(num_decode)
+        )
+
+    def _chunked_step(self, num_tokens: int) -> _ChunkedStep:
+        sizes = self._profile.token_graph_sizes
+        in_graph = sizes and num_tokens <= sizes[-1]
+        return _ChunkedStep(self._tokens_ns(num_tokens), self._graph_head_ns if in_graph else self._head_ns)
 
     def stage_ns(self, work: Work) -> list[int]:
         """How long each stage computes."""
         if work.num_prefill_tokens:
-            layers_ns, head_ns = fsum(self._mixed_parts(work)), self._head_ns(work.num_sampled)
+            base_ns, decode_ns, prefill_ns, head_ns = self._chunked_parts(work)
+            layers_ns = fsum((base_ns, decode_ns, prefill_ns))
         else:
             base_ns, attention_ns, head_ns = self._decode(work.num_decode_tokens)
             layers_ns = base_ns + attention_ns(work.decode_context)
@@ -156,28 +183,29 @@ class Profiled:
         times[-1] += head_ns
         return times
 
-    def _mixed_parts(self, work: Work) -> tuple[float, float, float]:
-        """Of all layers: the tokens' share, decodes, prefill attention."""
+    def _chunked_parts(self, work: Work) -> tuple[float, float, float, int]:
+        """Of all layers: the tokens' share, decodes, prefill attention; and the head."""
         num_decode, decode_ns = work.num_decode_tokens, 0.0
         if num_decode:
             decode_ns = self._mixed_ns(num_decode) + self._decode_attention(num_decode)(work.decode_context)
-        base_ns, chunks = self._eager_ns(work.num_prefill_tokens + num_decode), work.chunks
+        base_ns, head = self._chunked(work.num_prefill_tokens + num_decode)
+        head_ns, chunks = head(work.num_sampled), work.chunks
         if len(chunks) == 1:
-            return base_ns, decode_ns, self._alone_ns(chunks[0].num_tokens)(chunks[0].start)
+            return base_ns, decode_ns, self._alone_ns(chunks[0].num_tokens)(chunks[0].start), head_ns
         times_ns = self._alone_and_each_ns
         times = [times_ns(chunk.num_tokens)(chunk.start) for chunk in chunks]
         alone, _ = max(times)
-        return base_ns, decode_ns, max(alone, fsum([each for _, each in times]))
+        return base_ns, decode_ns, max(alone, fsum([each for _, each in times])), head_ns
 
     def transfer_ns(self, work: Work) -> int:
         """How long hidden states take to the next stage; zero with a single stage."""
         return self._transfer_ns(work.num_prefill_tokens + work.num_decode_tokens)
 
     def gap_ns(self, work: Work) -> int:
-        """How long a stage takes from one step to the next; before a graph less than before another step."""
+        """How long a stage takes from one step to the next; before a graph of decodes less than before another step."""
         sizes = self._profile.graph_sizes
-        is_eager = work.num_prefill_tokens or (sizes and work.num_decode_tokens > sizes[-1])
-        return self._profile.eager_gap_ns if is_eager else self._profile.decode_gap_ns
+        is_other = work.num_prefill_tokens or (sizes and work.num_decode_tokens > sizes[-1])
+        return self._profile.chunked_gap_ns if is_other else self._profile.decode_gap_ns
 
     def components(self, work: Work) -> dict[str, list[float]]:
         """Split `stage_ns` by component.
@@ -186,8 +214,7 @@ class Profiled:
         What decodes add to a step of chunks is `decode_attention`.
         """
         if work.num_prefill_tokens:
-            base_ns, decode_ns, prefill_ns = self._mixed_parts(work)
-            head_ns = self._head_ns(work.num_sampled)
+            base_ns, decode_ns, prefill_ns, head_ns = self._chunked_parts(work)
         else:
             step, prefill_ns = self._decode(work.num_decode_tokens), 0.0
             base_ns, head_ns = step.base_ns, step.head_ns
@@ -207,6 +234,18 @@ class _DecodeStep(NamedTuple):
     base_ns: float
     attention_ns: Callable[[int], float]
     head_ns: int
+
+
+class _ChunkedStep(NamedTuple):
+    """A step of some number of tokens, chunks among them; its head by rows."""
+
+    base_ns: float
+    head_ns: Callable[[int], int]
+
+
+def _padded(num: int, sizes: Sequence[int]) -> int:
+    """The smallest captured size that is not below."""
+    return sizes[bisect_left(sizes, num)]
 
 
 class Residuals(NamedTuple):

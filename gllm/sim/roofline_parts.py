@@ -60,7 +60,7 @@ class RooflineParts:
         """What decodes add to a step of chunks: their attention at the profile's smallest context."""
         return self.decode_attention(num_decode, num_decode * self._context)
 
-    def eager(self, num_tokens: int) -> float:
+    def tokens(self, num_tokens: int) -> float:
         """A step of base chunks, without the head."""
         full, rest = divmod(num_tokens, self._base_chunk)
         sizes = [self._base_chunk] * full + [rest] * (rest > 0)
@@ -94,7 +94,7 @@ def scaled(profile: Profile, source: RooflineParts, target: RooflineParts) -> Pr
             profile.decode_attention,
             lambda n, mean: target.decode_attention(n, n * mean) / source.decode_attention(n, n * mean),
         ),
-        eager=_scaled_curve(profile.eager, _ratio(source.eager, target.eager)),
+        tokens=_scaled_curve(profile.tokens, _ratio(source.tokens, target.tokens)),
         mixed=_scaled_curve(profile.mixed, _ratio(source.mixed, target.mixed)),
         prefill_one=_scaled_surface(profile.prefill_one, attention),
         prefill_each=_scaled_surface(profile.prefill_each, attention),

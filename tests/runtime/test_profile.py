@@ -4,30 +4,38 @@ import json
 import math
 from array import array
 from collections import deque
+from functools import cache
 from itertools import product
 
 import pytest
 from runtime.servers import Command, until
 from runtime.tiny_models import make
+from sim.profiles import SHAPE, contents
 
 from gllm.core import Limits
 from gllm.runtime import process
 from gllm.runtime.cli import main
+from gllm.runtime.config import RuntimeConfig
 from gllm.runtime.messages import StageTime, StepDone, decode_order, encode
-from gllm.runtime.profile import profiler
+from gllm.runtime.profile import command, profiler
 from gllm.runtime.profile.command import gist
-from gllm.runtime.profile.grids import BASE_CHUNK, Room, make_grid
+from gllm.runtime.profile.grids import BASE_CHUNK, MOST_EACH, Room, make_grid
 from gllm.runtime.profile.host import host_times
 from gllm.runtime.profile.session import Session
 from gllm.runtime.profile.steps import DRIFT, MAX_REPEATS, Mix, StepMaker
+from gllm.sim.cost import batch_work
+from gllm.sim.gpus import get_gpu
 from gllm.sim.profile import read_profile
+from gllm.sim.profiled import Profiled
 
 FIRST_PLAN = 7
 VOCAB_SIZE = 50
 
 
-def eager_ns(num_tokens):
-    return 20_000 * max(num_tokens, 128)
+def tokens_ns(num_tokens, sizes):
+    """A host's pace at least, outside of graphs."""
+    captured = next((size for size in sizes if size >= num_tokens), None)
+    return 20_000 * max(num_tokens, 192) if captured is None else 18_000 * captured
 
 
 def one_ns(start, num_tokens):
@@ -59,21 +67,21 @@ def head_ns(rows):
 
 def graph_head_ns(num, sizes):
     captured = next((size for size in sizes if size >= num), None)
-    return head_ns(num) if captured is None else 100_000 + 700 * captured
+    return head_ns(num) if captured is None or not num else 100_000 + 700 * captured
 
 
 def transfer_ns(num_tokens):
     return 50_000 + 13 * num_tokens
 
 
-GAPS_NS = {"decode_ns": 40_000, "eager_ns": 90_000}
+GAPS_NS = {"decode_ns": 40_000, "chunked_ns": 90_000}
 
 
 class FakeWorkers:
     """Stages whose times follow the formulas above. They check what every step says of slots and blocks."""
 
-    def __init__(self, room):
-        self.room, self.limits = room, room.limits
+    def __init__(self, room, token_graph_sizes=()):
+        self.room, self.limits, self.token_graph_sizes = room, room.limits, token_graph_sizes
         self.steps, self.reports = deque(), deque()
         self.free_ns, self.now_ns = [0] * self.limits.depth, 0
         self.next_plan = FIRST_PLAN
@@ -148,25 +156,32 @@ class FakeWorkers:
         num, sizes = len(mix.contexts), self.room.graph_sizes
         attention = decode_attention_ns(mix.contexts)
         if not mix.chunks:
-            gap = "eager_ns" if sizes and num > sizes[-1] else "decode_ns"
+            gap = "chunked_ns" if sizes and num > sizes[-1] else "decode_ns"
             return decode_ns(num, sizes) + attention, graph_head_ns(num, sizes), GAPS_NS[gap]
-        layers = eager_ns(mix.num_tokens) + mixed_ns(num) + attention + prefill_ns(mix.chunks)
-        return layers, head_ns(mix.num_sampled), GAPS_NS["eager_ns"]
+        token_sizes = self.token_graph_sizes
+        layers = tokens_ns(mix.num_tokens, token_sizes) + mixed_ns(num) + attention + prefill_ns(mix.chunks)
+        head_sizes = sizes if token_sizes and mix.num_tokens <= token_sizes[-1] else ()
+        return layers, graph_head_ns(mix.num_sampled, head_sizes), GAPS_NS["chunked_ns"]
 
 
-def room(*, graph_sizes=(1, 2, 4, 8, 16, 24), max_tokens=1100, **limits):
+GRAPHS = (1, 2, 4, 8, 16, 24)
+
+
+def room(*, graph_sizes=GRAPHS, token_graph_sizes=(), max_tokens=1100, **limits):
     limits = {"num_blocks": 4000, "block_size": 16, "max_model_len": 2600, "max_num_seqs": 40, "depth": 1} | limits
-    return Room(limits=Limits(**limits), max_tokens=max_tokens, graph_sizes=graph_sizes)
+    limits = Limits(**limits)
+    return Room(limits=limits, max_tokens=max_tokens, graph_sizes=graph_sizes, token_graph_sizes=token_graph_sizes)
 
 
 def measured(where, *, quick=False):
     """The grid and the tables, from fake workers, which come last."""
     grid = make_grid(where, quick=quick)
-    workers = FakeWorkers(grid.room)
+    workers = FakeWorkers(grid.room, where.token_graph_sizes)
     maker = StepMaker(where.limits, VOCAB_SIZE, max_tokens=grid.room.max_tokens, first_plan=FIRST_PLAN)
     return grid, json.loads(json.dumps(profiler.measure_tables(workers, grid, maker))), workers
 
 
+TOKEN_GRAPHS = (16, 32, 64, 128)
 ROOMS = {
     "graphs": {},
     "no graphs": {"graph_sizes": ()},
@@ -176,21 +191,46 @@ ROOMS = {
     "short": {"max_model_len": 67, "graph_sizes": (), "depth": 3, "max_in_flight": 4},
     "few sequences": {"max_num_seqs": 5, "graph_sizes": (1, 2, 4, 5)},
     "more sequences than graphs": {"max_num_seqs": 600, "graph_sizes": (1, 2)},
+    "graphs of chunks": {"token_graph_sizes": TOKEN_GRAPHS},
+    "nothing beyond graphs": {"token_graph_sizes": (*TOKEN_GRAPHS, 512, 1100), "depth": 2, "max_in_flight": 3},
+    "one token beyond graphs": {"token_graph_sizes": (*TOKEN_GRAPHS, 1099), "max_model_len": 600},
+    "graphs beyond the slots": {
+        "token_graph_sizes": (*TOKEN_GRAPHS, 256, 512, 1100),
+        "max_num_seqs": 5,
+        "graph_sizes": (1, 2, 4, 5),
+    },
+    "more sequences than graphs of chunks": {
+        "max_num_seqs": 600,
+        "graph_sizes": (1, 2, 4),
+        "token_graph_sizes": (*TOKEN_GRAPHS, 512),
+    },
 }
+
+
+@cache
+def measured_in(name):
+    return measured(room(**ROOMS[name]))
 
 
 @pytest.mark.parametrize("name", ROOMS)
 def test_tables_recover_what_steps_cost(name):
     where = room(**ROOMS[name])
-    grid, tables, _ = measured(where)
+    grid, tables, _ = measured_in(name)
     assert tables["base_chunk"] == 64
-    assert tables["max_tokens"] == min(where.max_tokens, 64 * where.limits.max_num_seqs)
-    assert tables["graph_sizes"] == list(where.graph_sizes)
-    assert as_curve(tables["eager"], "tokens") == {num: eager_ns(num) for num in grid.tokens}
-    sizes = where.graph_sizes
+    sizes, token_sizes = where.graph_sizes, where.token_graph_sizes
+    most = min(where.max_tokens, 64 * where.limits.max_num_seqs)
+    token_sizes_measured = [size for size in token_sizes if size <= most]
+    if len(token_sizes_measured) < len(token_sizes):
+        most = token_sizes_measured[-1]
+    assert tables["max_tokens"] == most
+    assert (tables["graph_sizes"], tables["token_graph_sizes"]) == (list(sizes), token_sizes_measured)
+    assert as_curve(tables["tokens"], "tokens") == {num: tokens_ns(num, token_sizes) for num in grid.tokens}
     assert as_curve(tables["decode"], "batches") == {num: decode_ns(num, sizes) for num in grid.decode_batches}
     assert as_curve(tables["mixed"], "batches") == {num: mixed_ns(num) for num in grid.mixed_batches}
-    assert as_curve(tables["head"], "rows") == {num: head_ns(num) for num in grid.mixed_batches}
+    if grid.head_rows:
+        assert as_curve(tables["head"], "rows") == {num: head_ns(num) for num in grid.head_rows}
+    else:
+        assert tables["head"] is None
     if sizes:
         assert as_curve(tables["graph_head"], "rows") == {num: graph_head_ns(num, sizes) for num in sizes}
     else:
@@ -200,7 +240,7 @@ def test_tables_recover_what_steps_cost(name):
 
 @pytest.mark.parametrize("name", ROOMS)
 def test_attention_is_what_is_beyond_the_base(name):
-    grid, tables, _ = measured(room(**ROOMS[name]))
+    grid, tables, _ = measured_in(name)
     decode = tables["decode_attention"]
     assert (decode["batches"], decode["contexts"]) == (list(grid.batches), list(grid.contexts))
     for (row, num), (column, context) in product(enumerate(grid.batches), enumerate(grid.contexts)):
@@ -222,6 +262,80 @@ def test_attention_is_what_is_beyond_the_base(name):
 def as_curve(table, points):
     assert all(a < b for a, b in zip(table[points], table[points][1:], strict=False))
     return dict(zip(table[points], table["ns"], strict=True))
+
+
+@pytest.mark.parametrize("name", ROOMS)
+def test_the_simulator_adds_up_to_what_was_measured(name, tmp_path):
+    grid, tables, workers = measured_in(name)
+    path = tmp_path / "found.json"
+    parallel = {"pp": grid.room.limits.depth, "tp": 1, "ep": 1}
+    path.write_text(json.dumps(contents(**tables, parallel=parallel)))
+    cost, beyond = (Profiled(profile=read_profile(path), shape=SHAPE, gpu=get_gpu("h200")) for _ in range(2))
+
+    def work(mix):
+        return batch_work(chunks=mix.chunks, contexts=mix.contexts, num_sampled=mix.num_sampled)
+
+    heads = {num: grid.head(num) for num in grid.head_rows}
+    heads_alone = {mix for num, mix in heads.items() if mix.num_tokens > num + BASE_CHUNK}  # layers are between points
+    for mix in grid.mixes():
+        layers, head, gap = workers.cost(mix)
+        assert cost.gap_ns(work(mix)) == gap
+        if mix not in grid.checks and mix not in heads_alone:
+            assert cost.stage_ns(work(mix)) == pytest.approx([layers + head], abs=MOST_EACH), mix
+            assert cost.components(work(mix))["head"] == [head]
+    for mix in heads_alone:
+        assert beyond.components(work(mix))["head"] == [workers.cost(mix)[1]]
+    assert cost.notes == []
+
+
+def test_points_of_tokens_are_what_is_captured_and_what_is_beyond():
+    found = make_grid(room(token_graph_sizes=TOKEN_GRAPHS))
+    assert found.tokens == (*TOKEN_GRAPHS, 129, *range(192, 1025, 64), 1100)
+    assert found.head_rows == (1, 2, 4, 8, 16, 25, 32, 39, 40)
+    assert found.head(16) == Mix(chunks=((0, 113),), contexts=(16,) * 16)
+    assert found.head(32) == Mix(chunks=((0, 64),), contexts=(16,) * 32), "more rows than a graph of heads takes"
+    assert found.head(40) == Mix(contexts=(16,) * 40)
+    quick = make_grid(room(token_graph_sizes=TOKEN_GRAPHS), quick=True)
+    assert quick.tokens == (*TOKEN_GRAPHS, 129, 256, 1024, 1100)
+    whole = make_grid(room(token_graph_sizes=(*TOKEN_GRAPHS, 1100)))
+    assert whole.tokens == (*TOKEN_GRAPHS, 1100)
+    assert whole.head_rows == (25, 32, 39, 40)
+
+
+def test_a_graph_takes_so_many_chunks_and_longer_ones_beyond():
+    found = make_grid(room(token_graph_sizes=(*TOKEN_GRAPHS, 4096, 7808), max_tokens=8192, max_num_seqs=256))
+    assert [len(found.base(num).chunks) for num in found.tokens] == [1, 1, 1, 2, 64, 64, 123, 124, 128]
+    assert [found.room.is_in_graph(found.base(num)) for num in found.tokens] == [True] * 6 + [False] * 3
+    assert all(found.base(num).num_tokens == num for num in found.tokens)
+    short = make_grid(room(token_graph_sizes=(128, 4096, 7808), max_tokens=8192, max_num_seqs=256, max_model_len=100))
+    assert short.tokens == (128, 4096), "64 prompts are no longer"
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "expected"),
+    [
+        ({"attention_backend": "triton"}, "NVIDIA H200", (True, True)),
+        ({"attention_backend": "flash"}, "NVIDIA H200", (True, False)),
+        ({"attention_backend": "triton", "cuda_graphs": False}, "NVIDIA H200", (False, False)),
+        ({}, "cpu", (False, False)),
+    ],
+)
+def test_what_is_captured_is_what_workers_capture(options, device, expected):
+    limits = Limits(num_blocks=400, block_size=16, max_model_len=2600, max_num_seqs=20)
+    config = RuntimeConfig(model="qwen3-0.6b", policy="sarathi:token_budget=500", **options)
+    found = command.room(config, SHAPE, limits, device)
+    assert (found.max_tokens, found.graph_sizes != (), found.token_graph_sizes != ()) == (500, *expected)
+    assert found.graph_sizes == ((1, 2, 4, 8, 16, 20) if expected[0] else ())
+    assert found.token_graph_sizes[-1:] == ((500,) if expected[1] else ())
+
+
+def test_checks_are_within_and_beyond_graphs():
+    for token_graph_sizes in (TOKEN_GRAPHS, (*TOKEN_GRAPHS, 1098)):
+        checks = make_grid(room(token_graph_sizes=token_graph_sizes)).checks
+        kinds = [(check.num_tokens > token_graph_sizes[-1]) + 1 if check.chunks else 0 for check in checks]
+        assert kinds == [0, 1, 2] * 8
+        assert len({check.num_tokens for check in checks}) > 16
+    assert all(check.num_tokens <= 1100 for check in make_grid(room(token_graph_sizes=(*TOKEN_GRAPHS, 1100))).checks)
 
 
 def test_transfers_are_of_a_stage_that_waits():
@@ -355,9 +469,9 @@ def test_real_workers(pp, options, max_tokens, folder, tmp_path):
 def assert_whole(found, pp, max_tokens):
     """All tables have their shapes, and times that cannot be negative are not."""
     assert found["max_tokens"] == max_tokens
-    assert (found["graph_sizes"], found["graph_head"]) == ([], None)
+    assert (found["graph_sizes"], found["token_graph_sizes"], found["graph_head"]) == ([], [], None)
     tokens = [1, 4, 16, 64, max_tokens]
-    curves = [("decode", "batches", [1, 4]), ("eager", "tokens", tokens), ("head", "rows", [1, 3])]
+    curves = [("decode", "batches", [1, 4]), ("tokens", "tokens", tokens), ("head", "rows", [1, 3, 4])]
     if pp > 1:
         curves.append(("transfer", "tokens", tokens))
     else:

@@ -14,21 +14,24 @@ MODEL = "qwen3-0.6b"
 SHAPE = load_shape(MODEL)  # 28 layers
 BASE_CONTEXT = 16
 GRAPHS = [1, 2, 4, 8, 16, 32, 64]
+TOKEN_GRAPHS = [16, 32, 64, 128]
 BATCHES = [1, 2, 8, 32, 64]
 CONTEXTS = [BASE_CONTEXT, 256, 1024, 4096]
-TOKENS = [1, 64, 80, 256, 512, 1024]  # 80: where the floor ends
+TOKENS = [*TOKEN_GRAPHS, 129, 160, 256, 512, 1024]  # 160: where the floor of what is beyond graphs ends
 QUERIES = [16, 64, 256, 1024]
 STARTS = [0, 512, 2048]
 ROWS = [1, 8, 64]
-DECODE_GAP, EAGER_GAP, DISPATCH, RETURN = 700, 900, 11_000, 22_000
+DECODE_GAP, CHUNKED_GAP, DISPATCH, RETURN = 700, 900, 11_000, 22_000
 
 
 def decode(n):
     return max(400_000, 392_000 + 1000 * n)
 
 
-def eager(tokens):
-    return max(800_000, 400_000 + 5000 * tokens)
+def tokens(num):
+    if num > TOKEN_GRAPHS[-1]:
+        return max(1_200_000, 400_000 + 5000 * num)
+    return 300_000 + 5000 * padded(num, TOKEN_GRAPHS)
 
 
 def decode_attention(n, context):
@@ -55,12 +58,19 @@ def graph_head(rows):
     return 5000 + 100 * rows
 
 
-def transfer(tokens):
-    return 2000 + 3 * tokens
+def transfer(num_tokens):
+    return 2000 + 3 * num_tokens
 
 
-def padded(n):
-    return next(size for size in GRAPHS if size >= n)
+def padded(n, sizes=GRAPHS):
+    return next(size for size in sizes if size >= n)
+
+
+def sampled(rows, num_tokens):
+    """The head of a step of so many tokens, chunks among them."""
+    if not rows:
+        return 0
+    return head(rows) if num_tokens > TOKEN_GRAPHS[-1] or rows > GRAPHS[-1] else graph_head(padded(rows))
 
 
 def stamped(chunks=(), contexts=(), *, num_sampled, graphs=True):
@@ -69,11 +79,11 @@ def stamped(chunks=(), contexts=(), *, num_sampled, graphs=True):
     if not chunks:
         size = padded(n) if graphs else n
         return decode(size) + decode_attention(n, mean), graph_head(size) if graphs else head(num_sampled)
-    layers = eager(sum(tokens for _, tokens in chunks) + n)
-    layers += mixed(n) + decode_attention(n, mean) if n else 0
-    alone = max(one(tokens, start) for start, tokens in chunks)
-    together = sum(each(tokens, start) for start, tokens in chunks)
-    return layers + (alone if len(chunks) == 1 else max(alone, together)), head(num_sampled) if num_sampled else 0
+    num_tokens = sum(query for _, query in chunks) + n
+    layers = tokens(num_tokens) + (mixed(n) + decode_attention(n, mean) if n else 0)
+    alone = max(one(query, start) for start, query in chunks)
+    together = sum(each(query, start) for start, query in chunks)
+    return layers + (alone if len(chunks) == 1 else max(alone, together)), sampled(num_sampled, num_tokens)
 
 
 def table(formula, rows, columns, nulls=()):
@@ -100,13 +110,14 @@ def contents(**changes):
         "base_chunk": 64,
         "max_tokens": TOKENS[-1],
         "graph_sizes": GRAPHS,
+        "token_graph_sizes": TOKEN_GRAPHS,
         "decode": {"batches": GRAPHS, "ns": [decode(n) for n in GRAPHS]},
         "decode_attention": {
             "batches": BATCHES,
             "contexts": CONTEXTS,
             "ns": table(decode_attention, BATCHES, CONTEXTS, nulls=[(64, 4096)]),
         },
-        "eager": {"tokens": TOKENS, "ns": [eager(tokens) for tokens in TOKENS]},
+        "tokens": {"tokens": TOKENS, "ns": [tokens(num) for num in TOKENS]},
         "mixed": {"batches": BATCHES, "ns": [mixed(n) for n in BATCHES]},
         "prefill_attention": {
             "queries": QUERIES,
@@ -116,7 +127,7 @@ def contents(**changes):
         },
         "head": {"rows": ROWS, "ns": [head(rows) for rows in ROWS]},
         "graph_head": {"rows": GRAPHS, "ns": [graph_head(rows) for rows in GRAPHS]},
-        "gap": {"decode_ns": DECODE_GAP, "eager_ns": EAGER_GAP},
+        "gap": {"decode_ns": DECODE_GAP, "chunked_ns": CHUNKED_GAP},
         "transfer": None,
         "host": {"dispatch_ns": DISPATCH, "return_ns": RETURN},
         "checks": [
@@ -131,7 +142,7 @@ def two_stages(**changes):
     """The same, made with two stages."""
     stages = {"parallel": {"pp": 2, "tp": 1, "ep": 1}, "checks": []}
     points = [1, 64, 1024]
-    return contents(**stages, transfer={"tokens": points, "ns": [transfer(tokens) for tokens in points]}, **changes)
+    return contents(**stages, transfer={"tokens": points, "ns": [transfer(num) for num in points]}, **changes)
 
 
 def written(folder, values=None, name="formula"):

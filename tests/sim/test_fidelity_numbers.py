@@ -11,7 +11,7 @@ import pytest
 from report.made import record as made_record
 from report.pages import check_page
 from sim.costs import FixedCost
-from sim.profiles import DECODE_GAP, EAGER_GAP, contents
+from sim.profiles import CHUNKED_GAP, DECODE_GAP, contents
 from sim.recorded_runs import draw_script, record, small_limits
 from sim.twin_runs import BASE, record_run, small_trace, write_columns
 
@@ -184,7 +184,7 @@ def test_a_machine_that_is_as_its_profile_says(capsys, spread_out, tmp_path):
     (run,) = read_runs([str(spread_out[0])])
     path, other = tmp_path / "machine.json", tmp_path / "other.json"
     path.write_text(json.dumps(contents()))
-    other.write_text(json.dumps(contents(gap={"decode_ns": 100_000, "eager_ns": 900})))
+    other.write_text(json.dumps(contents(gap={"decode_ns": 100_000, "chunked_ns": 900})))
     cost = sim_config(run, gpu=None, profile=str(path), constants=BASE.constants).resolve().cost
     folder = tmp_path / "run"
     folder.mkdir()
@@ -204,7 +204,7 @@ def test_a_machine_that_is_as_its_profile_says(capsys, spread_out, tmp_path):
     assert status == 1
     assert {row["error"] for row in found["stages"]} == {0.0}
     assert gaps["gap before decodes"] == (DECODE_GAP, 100_000)
-    assert gaps["gap before others"] == (EAGER_GAP, EAGER_GAP)
+    assert gaps["gap before others"] == (CHUNKED_GAP, CHUNKED_GAP)
 
 
 def test_a_device_without_a_data_sheet_needs_a_profile(spread_out, tmp_path):

@@ -30,20 +30,24 @@ def test_a_file_is_read_whole(tmp_path):
     assert (read.name, read.gpu, read.device, read.date) == ("formula", "h200", "NVIDIA H200", "2026-11-22")
     assert replace(read.shape, name=SHAPE.name) == SHAPE
     assert (read.num_layers, read.base_chunk, read.parallel) == (28, 64, Parallel())
-    assert read.eager.at == (1, 64, 80, 256, 512, 1024)
+    assert (read.graph_sizes[-1], read.token_graph_sizes) == (64, (16, 32, 64, 128))
+    assert read.tokens.at == (16, 32, 64, 128, 129, 160, 256, 512, 1024)
     assert read.decode_attention.ns[-1][-1] is None
     assert read.mixed.ns[0] < 0
-    assert (read.dispatch_ns, read.return_ns, read.decode_gap_ns, read.eager_gap_ns) == (11_000, 22_000, 700, 900)
+    assert (read.dispatch_ns, read.return_ns, read.decode_gap_ns, read.chunked_gap_ns) == (11_000, 22_000, 700, 900)
     assert read.transfer is None
     assert read.checks[0].work.num_prefill_tokens == 164
     assert read.checks[0].work.decode_context == 340
 
 
 def test_what_may_be_left_out(tmp_path):
-    values = contents(graph_sizes=[], gpu=None)
+    values = contents(graph_sizes=[], token_graph_sizes=[], gpu=None)
     del values["graph_head"], values["transfer"]
     read = profile(tmp_path, values)
     assert (read.graph_head, read.transfer, read.graph_sizes, read.gpu) == (None, None, (), None)
+    assert read.token_graph_sizes == ()
+    read = profile(tmp_path, contents(head=None))
+    assert read.head == read.graph_head
 
 
 def test_rows_that_were_not_measured_at_all_are_left_out(tmp_path):
@@ -81,6 +85,10 @@ WRONG = [
     ("base_chunk", ..., "field base_chunk is missing"),
     ("graph_sizes", [2, 1], "field graph_sizes must increase"),
     ("graph_sizes", None, "field graph_sizes is no list"),
+    ("token_graph_sizes", ..., "field token_graph_sizes is missing"),
+    ("token_graph_sizes", [16, 16], "field token_graph_sizes must increase"),
+    ("token_graph_sizes", [16, 48, 64], "field tokens.tokens has no point at 48, which is in token_graph_sizes"),
+    ("token_graph_sizes", [2048], "field tokens.tokens has no point at 2048, which is in token_graph_sizes"),
     ("parallel.tp", "2", "field parallel.tp holds '2', not a whole number"),
     ("parallel.ep", 3, "field parallel --ep 3 does not divide --tp 1"),
     ("model_shape.hidden_size", ..., "field model_shape.hidden_size is missing"),
@@ -91,9 +99,9 @@ WRONG = [
     ("decode.batches", [], "field decode.batches is empty"),
     ("decode.ns", [1], "field decode.ns has 1 times for 7 batches"),
     ("decode.ns", 7, "field decode.ns is no list"),
-    ("eager.tokens", [0, 64, 80, 256, 512, 1024], "field eager.tokens holds 0, not a whole number of at least 1"),
-    ("eager.ns", [-1, 2, 3, 4, 5, 6], "field eager.ns holds -1, not a whole number of at least 0"),
-    ("eager.ns", [None, 2, 3, 4, 5, 6], "field eager.ns holds None, not a whole number of at least 0"),
+    ("tokens.tokens", [0, 64, 80, 256, 512, 1024], "field tokens.tokens holds 0, not a whole number of at least 1"),
+    ("tokens.ns", [-1, 2, 3, 4, 5, 6, 7, 8, 9], "field tokens.ns holds -1, not a whole number of at least 0"),
+    ("tokens.ns", [None, 2, 3, 4, 5, 6, 7, 8, 9], "field tokens.ns holds None, not a whole number of at least 0"),
     ("mixed.ns", [1, 2, 3, 4, 10**16], "field mixed.ns holds 10000000000000000, not a whole number of nanoseconds"),
     ("decode_attention.contexts", [16, 16, 20, 30], "field decode_attention.contexts must increase"),
     ("decode_attention.ns", [[0, 1, 2, 3]], "field decode_attention.ns must be one list for each of its 5 batches"),
@@ -104,9 +112,10 @@ WRONG = [
     ("prefill_attention.each_ns", ..., "field prefill_attention.each_ns is missing"),
     ("prefill_attention.starts", [-1, 0, 1], "field prefill_attention.starts holds -1"),
     ("head.rows", [1, 8], "field head.ns has 3 times for 2 rows"),
+    ("head", 5, "field head is no object"),
     ("graph_head", [], "field graph_head is no object"),
     ("transfer", {"tokens": [1]}, "field transfer.ns is missing"),
-    ("gap.eager_ns", -5, "field gap.eager_ns holds -5"),
+    ("gap.chunked_ns", -5, "field gap.chunked_ns holds -5"),
     ("host.return_ns", ..., "field host.return_ns is missing"),
     ("checks", {}, "field checks is no list"),
     ("checks.0", 5, "field checks[0] is no object"),

@@ -108,12 +108,77 @@ def test_without_graphs_decodes_are_between_the_points(folder, num_decode):
 
 
 def test_decodes_beyond_the_largest_graph_are_launched_one_by_one(folder):
-    decode = {"batches": [1, 64], "ns": [400_000, 463_000]}
+    decode = {"batches": [1, 2, 3, 64], "ns": [400_000, 401_000, 502_000, 563_000]}
     cost = model(folder, contents(graph_sizes=[1, 2], decode=decode))
     # between the points, not padded; the eager step's head and gap
     many, few = step(contexts=[16] * 8), step(contexts=[16] * 2)
-    assert (cost.stage_ns(many), cost.gap_ns(many)) == ([407_000 + profiles.head(8)], 900)
+    assert (cost.stage_ns(many), cost.gap_ns(many)) == ([507_000 + profiles.head(8)], 900)
     assert (cost.stage_ns(few), cost.gap_ns(few)) == ([401_000 + profiles.graph_head(2)], 700)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "expected"),
+    [
+        (1, 380_000),  # as 16
+        (16, 380_000),
+        (17, 460_000),  # as 32
+        (100, 940_000),  # as 128
+        (128, 940_000),
+        (129, 1_200_000),  # the host's pace from here on
+        (145, 1_200_000),
+        (208, 1_440_000),
+    ],
+)
+def test_chunks_are_padded_by_hand_and_launched_one_by_one_beyond_the_largest_graph(folder, num_tokens, expected):
+    chunks = [(0, 16)] * (num_tokens // 16) + [(0, 1)] * (num_tokens % 16)
+    cost, work = model(folder), step(chunks, num_sampled=0)
+    assert cost.components(work)["gemm"] == [expected]
+    assert cost.gap_ns(work) == profiles.CHUNKED_GAP
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_rows", "expected"),
+    [
+        (128, 9, 5000 + 1600),  # a graph's, of 16 rows
+        (128, 64, 5000 + 6400),
+        (128, 65, 10_000 + 6500),  # more rows than any
+        (129, 9, 10_000 + 900),  # behind a step that is none
+        (128, 0, 0),
+        (129, 0, 0),
+    ],
+)
+def test_a_head_is_of_a_graph_where_its_step_is(folder, num_tokens, num_rows, expected):
+    cost = model(folder, contents(head={"rows": [1, 100], "ns": [10_100, 20_000]}))
+    work = step([(0, 64), (0, num_tokens - 64)], num_sampled=num_rows)
+    assert cost.components(work)["head"] == [expected]
+    assert cost.stage_ns(work) == [
+        int(profiles.tokens(num_tokens) + cost.components(work)["prefill_attention"][0]) + expected
+    ]
+    assert cost.notes == []
+
+
+def test_where_no_head_was_measured_outside_of_graphs_it_is_theirs(folder):
+    cost = model(folder, contents(head=None))
+    assert cost.components(step([(0, 300)], num_sampled=12))["head"] == [5000 + 1200]  # between the points
+
+
+def test_without_token_graphs_steps_are_between_the_points(folder):
+    cost = model(folder, contents(token_graph_sizes=[]))
+    assert cost.components(step([(0, 24)], num_sampled=3)) == {
+        **cost.components(step([(0, 24)], num_sampled=0)),
+        "gemm": [420_000],
+        "head": [10_300],
+    }
+
+
+def test_a_table_may_end_within_graphs(folder):
+    cost = model(folder, contents(tokens={"tokens": [16, 32, 64, 128], "ns": [1000, 2000, 4000, 8000]}))
+    assert cost.components(step([(0, 64)] * 2, num_sampled=1))["gemm"] == [8000]
+    assert cost.notes == []
+    more = cost.components(step([(0, 64)] * 32, num_sampled=1))
+    assert 12_000 < more["gemm"][0] < 8000 * 16
+    assert more["head"] == [10_100]
+    assert cost.notes == [f"profile formula: {scaled_note('steps', 'more', 'tokens')}"]
 
 
 # --- stages ----------------------------------------------------------------------------------------------------
@@ -134,7 +199,7 @@ def test_stages_share_by_their_layers(folder, formula, work):
     times[-1] += head
     assert split.stage_ns(work) == pytest.approx(times, abs=1)
     assert (split.num_stages, split.host_ns, split.return_ns) == (4, 11_000, 22_000)
-    assert split.gap_ns(work) == (profiles.EAGER_GAP if work.num_prefill_tokens else profiles.DECODE_GAP)
+    assert split.gap_ns(work) == (profiles.CHUNKED_GAP if work.num_prefill_tokens else profiles.DECODE_GAP)
 
 
 @pytest.mark.parametrize("work", WORKS)
@@ -151,7 +216,7 @@ def test_components_add_up_to_the_stage(folder, work, pp):
 
 def test_what_the_components_are(formula):
     parts = formula.components(step([(0, 100), (10, 64)], [16, 16], num_sampled=3))
-    assert parts["gemm"] == [profiles.eager(166)]
+    assert parts["gemm"] == [profiles.tokens(166)]
     assert parts["decode_attention"] == [profiles.mixed(2)]
     assert parts["prefill_attention"] == [pytest.approx(profiles.each(100, 0) + profiles.each(64, 10))]
     assert parts["head"] == [profiles.head(3)]
@@ -218,7 +283,7 @@ def test_between_a_row_that_was_measured_and_one_that_was_not(folder):
 def test_more_sequences_than_measured_beside_a_chunk(folder):
     chunk, contexts = (0, 64), [16] * 128
     time_ns, notes = beyond(folder, step([chunk], contexts, num_sampled=0))
-    assert time_ns == pytest.approx(profiles.eager(192) + 2 * profiles.mixed(64), abs=1)  # in proportion to their keys
+    assert time_ns == pytest.approx(profiles.tokens(192) + 2 * profiles.mixed(64), abs=1)  # in proportion to their keys
     assert notes == [
         scaled_note("mixed steps", "more", "sequences"),
         scaled_note("decode attention", "more", "sequences"),
@@ -258,7 +323,7 @@ def test_more_tokens_than_measured(folder):
     time_ns, notes = beyond(folder, step(chunks, num_sampled=0))
     base = [ROOFLINE.stage_ns(step([(0, 64)] * num, num_sampled=0))[0] for num in (24, 16)]
     alone, together = profiles.one(1024, 0), profiles.each(1024, 0) + profiles.each(512, 0)
-    assert time_ns == pytest.approx(profiles.eager(1024) * base[0] / base[1] + max(alone, together), rel=1e-5)
+    assert time_ns == pytest.approx(profiles.tokens(1024) * base[0] / base[1] + max(alone, together), rel=1e-5)
     assert notes == [scaled_note("steps", "more", "tokens")]
 
 
@@ -273,7 +338,7 @@ def test_more_tokens_than_measured(folder):
 def test_chunks_beyond_the_table(folder, chunk, nearest, notes):
     time_ns, told = beyond(folder, step([chunk], num_sampled=0))
     ratio = roofline_ns("prefill_attention", [chunk]) / roofline_ns("prefill_attention", [nearest])
-    expected = profiles.eager(chunk[1]) + profiles.one(nearest[1], nearest[0]) * ratio
+    expected = profiles.tokens(chunk[1]) + profiles.one(nearest[1], nearest[0]) * ratio
     assert time_ns == pytest.approx(expected, abs=1)
     assert told == [scaled_note("prefill attention", *note) for note in notes]
 
@@ -281,7 +346,7 @@ def test_chunks_beyond_the_table(folder, chunk, nearest, notes):
 def test_a_longer_chunk_than_measured(folder):
     time_ns, notes = beyond(folder, step([(512, 900)], num_sampled=0), contents(prefill_attention=SHORT_CHUNKS))
     ratio = roofline_ns("prefill_attention", [(512, 900)]) / roofline_ns("prefill_attention", [(512, 256)])
-    assert time_ns == pytest.approx(profiles.eager(900) + profiles.one(256, 512) * ratio, abs=1)
+    assert time_ns == pytest.approx(profiles.tokens(900) + profiles.one(256, 512) * ratio, abs=1)
     assert notes == [scaled_note("prefill attention", "more", "tokens in a chunk")]
 
 

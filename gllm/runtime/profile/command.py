@@ -22,15 +22,18 @@ from gllm.console.terminal import say, say_table
 from gllm.gpu_names import gpu_name
 from gllm.runtime.options import runtime_config
 from gllm.runtime.versions import versions
-from gllm.runtime.worker.graph_sizes import graph_sizes
+from gllm.runtime.worker.graph_sizes import graph_sizes, token_graph_sizes
 
 if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Iterator
 
+    from gllm.core import Limits
+    from gllm.model_shape import ModelShape
     from gllm.runtime.config import RuntimeConfig
     from gllm.runtime.engine.workers import Workers
     from gllm.runtime.model_config import ModelConfig
+    from gllm.runtime.profile.grids import Room
 
     Profile = dict[str, Any]
 
@@ -84,30 +87,45 @@ def _aside(out: str | None) -> Iterator[Path]:
 
 def _measured(args: Namespace, config: RuntimeConfig, model: ModelConfig) -> Profile:
     """The whole file."""
-    from gllm.policy import parse_policy  # noqa: PLC0415 - --help must not wait for it, nor mistakes for torch
-    from gllm.runtime.profile.grids import Room  # noqa: PLC0415
-    from gllm.runtime.profile.profiler import take_profile  # noqa: PLC0415
+    from gllm.runtime.profile.profiler import take_profile  # noqa: PLC0415 - --help must not wait for it, nor mistakes
 
     start_s = time.monotonic()
     with _workers(config) as workers:
         limits, device = workers.load(tell_seldom(quiet=args.quiet))
-        is_gpu = device != "cpu"
-        room = Room(
-            limits=limits,
-            max_tokens=parse_policy(config.policy).max_batch_tokens(limits),
-            graph_sizes=tuple(graph_sizes(limits.max_num_seqs)) if is_gpu and config.cuda_graphs else (),
-        )
         tables = take_profile(
             workers,
-            room,
+            room(config, model.shape, limits, device),
             policy=config.policy,
             vocab_size=model.shape.vocab_size,
-            fills_cache=is_gpu,
+            fills_cache=device != "cpu",
             quick=args.quick,
             quiet=args.quiet,
         )
     made = _made(round(time.monotonic() - start_s))
     return {**_described(config, model, device), "num_blocks": limits.num_blocks, "made": made, **tables}
+
+
+def room(config: RuntimeConfig, shape: ModelShape, limits: Limits, device: str) -> Room:
+    """What a step may hold, and which ones workers capture."""
+    from gllm.policy import parse_policy  # noqa: PLC0415
+    from gllm.runtime.profile.grids import Room  # noqa: PLC0415
+
+    max_tokens = parse_policy(config.policy).max_batch_tokens(limits)
+    if device == "cpu" or not config.cuda_graphs:
+        return Room(limits=limits, max_tokens=max_tokens)
+    has_token_graphs = _attention_backend(config, device) == "triton"
+    return Room(
+        limits=limits,
+        max_tokens=max_tokens,
+        graph_sizes=tuple(graph_sizes(limits.max_num_seqs)),
+        token_graph_sizes=tuple(token_graph_sizes(max_tokens, shape, config.parallel.tp)) if has_token_graphs else (),
+    )
+
+
+def _attention_backend(config: RuntimeConfig, device: str) -> str:
+    if config.attention_backend != "auto":
+        return config.attention_backend
+    return "triton" if device != "cpu" and find_spec("triton") else "torch"
 
 
 @contextmanager
@@ -135,7 +153,6 @@ def _workers(config: RuntimeConfig) -> Iterator[Workers]:
 def _described(config: RuntimeConfig, model: ModelConfig, device: str) -> Profile:
     """What was measured."""
     parallel = config.parallel
-    attention = "triton" if device != "cpu" and find_spec("triton") else "torch"
     dtype = "float32" if device == "cpu" else model.dtype
     return {
         "format": "gllm-profile",
@@ -147,7 +164,7 @@ def _described(config: RuntimeConfig, model: ModelConfig, device: str) -> Profil
         "parallel": {"pp": parallel.pp, "tp": parallel.tp, "ep": parallel.ep},
         "dtype": dtype if config.dtype == "auto" else config.dtype,
         "block_size": config.block_size,
-        "attention_backend": attention if config.attention_backend == "auto" else config.attention_backend,
+        "attention_backend": _attention_backend(config, device),
         "layers": model.shape.num_layers,
     }
 
@@ -188,10 +205,11 @@ def _show(found: Profile) -> None:
 
 def gist(found: Profile) -> list[tuple[str, int]]:
     """A few of a profile's figures, ns."""
-    wanted = (("decode", "batches", 1), ("decode", "batches", 64), ("eager", "tokens", 2048), ("head", "rows", 1))
+    head = "head" if found["graph_head"] is None else "graph_head"
+    wanted = (("decode", "batches", 1), ("decode", "batches", 64), ("tokens", "tokens", 2048), (head, "rows", 1))
     rows = [_nearest(found, *point) for point in wanted]
     gap, host = found["gap"], found["host"]
-    rows += [("gap of decode steps", gap["decode_ns"]), ("gap of others", gap["eager_ns"])]
+    rows += [("gap of decode steps", gap["decode_ns"]), ("gap of others", gap["chunked_ns"])]
     rows += [("dispatch", host["dispatch_ns"]), ("return", host["return_ns"])]
     return list(dict.fromkeys(rows))
 

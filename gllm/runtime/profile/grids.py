@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
-from gllm.runtime.profile.steps import DRIFT, Mix, chunks, decodes, eager, mixed
+from gllm.runtime.profile.steps import DRIFT, Mix, chunks, decodes, mixed, prompts
+from gllm.runtime.worker.graph_sizes import MAX_CHUNKS
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Sequence
 
     from gllm.core import Limits
 
@@ -35,6 +36,7 @@ class Room:
     limits: Limits
     max_tokens: int
     graph_sizes: tuple[int, ...] = ()  # of decode batches; none where nothing is captured
+    token_graph_sizes: tuple[int, ...] = ()  # of steps with chunks
 
     def fits(self, mix: Mix) -> bool:
         """Whether a mix can be computed without sequences that share blocks."""
@@ -47,6 +49,20 @@ class Room:
             and num_blocks <= limits.num_blocks
         )
 
+    def is_in_graph(self, mix: Mix) -> bool:
+        """Whether its layers are a CUDA graph."""
+        sizes = self.token_graph_sizes if mix.chunks else self.graph_sizes
+        return bool(sizes) and mix.num_tokens <= sizes[-1] and len(mix.chunks) <= MAX_CHUNKS
+
+    def base(self, num_tokens: int) -> Mix:
+        """So many tokens in base chunks; in longer ones where a graph of their number does not take so many."""
+        is_captured = self.token_graph_sizes != () and num_tokens <= self.token_graph_sizes[-1]
+        return prompts(num_tokens, max(BASE_CHUNK, -(-num_tokens // MAX_CHUNKS)) if is_captured else BASE_CHUNK)
+
+    def samples_in_graph(self, mix: Mix) -> bool:
+        """Whether its head is one, too: those of decode batches, behind any step in a graph."""
+        return self.is_in_graph(mix) and bool(self.graph_sizes) and mix.num_sampled <= self.graph_sizes[-1]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
@@ -58,10 +74,15 @@ class Grid:
     contexts: tuple[int, ...]
     tokens: tuple[int, ...]
     mixed_batches: tuple[int, ...]
+    head_rows: tuple[int, ...]  # outside of graphs; none where none are
     queries: tuple[int, ...]
     starts: tuple[int, ...]
     transfer_tokens: tuple[int, ...]  # none with one stage
     checks: tuple[Mix, ...]
+
+    def base(self, num: int) -> Mix:
+        """The step behind `tokens`."""
+        return self.room.base(num)
 
     def decode(self, num: int) -> Mix:
         """The step behind `decode`: at the smallest context."""
@@ -71,6 +92,10 @@ class Grid:
         """The step behind `mixed`."""
         return mixed(num, self.contexts[0], BASE_CHUNK)
 
+    def head(self, num: int) -> Mix:
+        """The step behind `head`: with so many decodes, and long enough not to be in a graph."""
+        return _outside(self.room, num, self.contexts[0])
+
     def num_each(self, num_tokens: int, start: int) -> int:
         """How many such chunks a step can hold, 16 at most; 0: not one."""
         fitting = (num for num in range(MOST_EACH, 0, -1) if self.room.fits(chunks(num, start, num_tokens)))
@@ -79,10 +104,11 @@ class Grid:
     def mixes(self) -> list[Mix]:
         """All that is measured in flight, each once."""
         found = [
-            *(eager(num, BASE_CHUNK) for num in self.tokens),
+            *(self.base(num) for num in self.tokens),
             *(self.decode(num) for num in self.decode_batches),
             *(decodes(num, context) for num, context in product(self.batches, self.contexts)),
             *(self.mixed(num) for num in self.mixed_batches),
+            *(self.head(num) for num in self.head_rows),
             *(chunks(1, start, num) for num, start in product(self.queries, self.starts)),
             *(chunks(self.num_each(num, start), start, num) for num, start in product(self.queries, self.starts)),
             *self.checks,
@@ -96,26 +122,28 @@ def make_grid(room: Room, *, quick: bool = False) -> Grid:
     Raises:
         ValueError: There is room for none.
     """
-    if not room.fits(eager(2 * BASE_CHUNK, BASE_CHUNK)):
+    if not room.fits(prompts(2 * BASE_CHUNK, BASE_CHUNK)):
         raise ValueError(
             f"a profile needs steps of two prompts of {BASE_CHUNK} tokens; raise --max-tokens-per-step, "
             "--max-num-seqs, --max-model-len or the cache"
         )
-    room = replace(room, max_tokens=_most_tokens(room))
+    room = _with_most_tokens(room)
     longest = room.limits.max_tokens_per_sequence
     contexts = _up_to(longest - DRIFT, _QUICK_CONTEXTS if quick else _CONTEXTS)
-    tokens = tuple(_doublings(room.max_tokens, 4) if quick else _tokens(room.max_tokens))
+    tokens = _doublings(room.max_tokens, 4) if quick else _tokens(room.max_tokens)
     doublings = _doublings(room.limits.max_num_seqs, 8 if quick else 2)
     batches = tuple(num for num in doublings if room.fits(decodes(num, contexts[0])))
     captured = tuple(num for num in room.graph_sizes if room.fits(decodes(num, contexts[0])))
+    mixed_batches = _mixed_batches(room, contexts[0], batches)
     queries = _up_to(min(longest, room.max_tokens), _QUICK_QUERIES if quick else _QUERIES)
     return Grid(
         room=room,
-        decode_batches=captured + _beyond(captured, batches) if captured else batches,
+        decode_batches=_with_graphs(captured, _beyond(batches)) if captured else batches,
         batches=batches,
         contexts=contexts,
-        tokens=tokens,
-        mixed_batches=_mixed_batches(room, contexts[0], batches),
+        tokens=_with_graphs(room.token_graph_sizes, tokens) if room.token_graph_sizes else tuple(tokens),
+        mixed_batches=mixed_batches,
+        head_rows=_head_rows(room, contexts[0], mixed_batches, batches[-1]),
         queries=queries,
         starts=_up_to(longest - queries[0], _QUICK_STARTS if quick else _STARTS),
         transfer_tokens=() if room.limits.depth == 1 else tuple(_doublings(room.max_tokens, 4 if quick else 2)),
@@ -135,11 +163,14 @@ def _doublings(most: int, factor: int = 2) -> list[int]:
     return [*found, most] if most > 1 else found
 
 
-def _most_tokens(room: Room) -> int:
-    """Of a step of base chunks, of which each takes a slot and blocks."""
+def _with_most_tokens(room: Room) -> Room:
+    """With those of a step of base chunks, of which each takes a slot and blocks; inside of graphs, a captured size."""
     limits = room.limits
     num_chunks = min(limits.max_num_seqs, limits.num_blocks // -(-BASE_CHUNK // limits.block_size))
-    return min(room.max_tokens, BASE_CHUNK * num_chunks)
+    most = min(room.max_tokens, BASE_CHUNK * num_chunks)
+    sizes = tuple(size for size in _up_to(most, room.token_graph_sizes) if room.fits(room.base(size)))
+    is_cut = len(sizes) < len(room.token_graph_sizes)
+    return replace(room, max_tokens=sizes[-1] if is_cut else most, token_graph_sizes=sizes)
 
 
 def _tokens(most: int) -> list[int]:
@@ -151,9 +182,16 @@ def _tokens(most: int) -> list[int]:
     return found
 
 
-def _beyond(captured: tuple[int, ...], batches: tuple[int, ...]) -> tuple[int, ...]:
-    """Decode batches that no graph takes."""
-    return tuple(range(captured[-1] + _BEYOND_STEP, batches[-1] + 1, _BEYOND_STEP))
+def _with_graphs(captured: tuple[int, ...], points: Sequence[int]) -> tuple[int, ...]:
+    """In graphs just what is captured; beyond them from the first step that is not, which may take much longer."""
+    first = captured[-1] + 1
+    beyond = [num for num in points if num > first]
+    return (*captured, first, *beyond) if points[-1] >= first else captured
+
+
+def _beyond(batches: tuple[int, ...]) -> list[int]:
+    """Decode batches as far as graphs may not reach."""
+    return [*range(_BEYOND_STEP, batches[-1], _BEYOND_STEP), batches[-1]]
 
 
 def _mixed_batches(room: Room, context: int, batches: tuple[int, ...]) -> tuple[int, ...]:
@@ -163,18 +201,46 @@ def _mixed_batches(room: Room, context: int, batches: tuple[int, ...]) -> tuple[
     return tuple(num for num in points if room.fits(mixed(num, context, BASE_CHUNK)))
 
 
+def _outside(room: Room, num: int, context: int) -> Mix:
+    """So many decodes whose head is in no graph: beside a chunk, beside prompts beyond the largest graph, or alone."""
+    mix = mixed(num, context, BASE_CHUNK)
+    if room.samples_in_graph(mix):
+        num_tokens = room.token_graph_sizes[-1] + 1 - num
+        mix = replace(mix, chunks=prompts(num_tokens, room.limits.max_tokens_per_sequence).chunks)
+    return mix if room.fits(mix) else decodes(num, context)
+
+
+def _head_rows(room: Room, context: int, mixed_batches: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Of mixed steps, the most of any, and the first that no graph's head takes."""
+    first = room.graph_sizes[-1] + 1 if room.graph_sizes else 1
+    points = sorted({*mixed_batches, min(first, most), most})
+    return tuple(num for num in points if not room.samples_in_graph(_outside(room, num, context)))
+
+
 def random_mixes(room: Room, *, num: int, seed: int) -> tuple[Mix, ...]:
-    """Steps as traffic makes them: every third only decodes, the others hold chunks too."""
-    generator = random.Random(seed)
+    """Steps as traffic makes them: every third only decodes, the others hold chunks too.
+
+    Where these may be in a graph or too long for one, there are as many of either kind.
+    """
+    generator, longest = random.Random(seed), room.limits.max_tokens_per_sequence
+    largest = room.token_graph_sizes[-1] if room.token_graph_sizes else room.max_tokens
+    within, beyond = (1, largest), (largest + 1, room.max_tokens)
+    kinds = [(0, room.max_tokens), within, beyond if largest < room.max_tokens else within]
     found: list[Mix] = []
     while len(found) < num:
-        mix = _random_mix(room, generator, with_chunks=len(found) % 3 > 0)
-        if mix.num_tokens and room.fits(mix):
+        least, most = kinds[len(found) % len(kinds)]
+        mix = _random_mix(room, generator, with_chunks=least > 0, most=most)
+        if mix.num_tokens < least:
+            more = prompts(generator.randint(least, most) - mix.num_tokens, longest)
+            mix = replace(mix, chunks=more.chunks + mix.chunks)
+        if mix.num_tokens <= most and room.fits(mix):
             found.append(mix)
     return tuple(found)
 
 
-def _random_mix(room: Room, generator: random.Random, *, with_chunks: bool) -> Mix:
+def _random_mix(room: Room, generator: random.Random, *, with_chunks: bool, most: int) -> Mix:
+    """Chunks of `most` tokens each at most, and decodes."""
+
     def draw(low: int, high: int) -> int:
         """Small numbers as often as large ones."""
         return min(int(low * (max(high, low) / low) ** generator.random()), max(high, low))
@@ -182,7 +248,7 @@ def _random_mix(room: Room, generator: random.Random, *, with_chunks: bool) -> M
     longest = min(room.limits.max_tokens_per_sequence - DRIFT, _LONGEST_CHECK)
     pieces = []
     for _ in range(draw(1, 8) if with_chunks else 0):
-        num_tokens = draw(1, min(room.max_tokens, longest))
+        num_tokens = draw(1, min(most, longest))
         start = generator.randrange(longest - num_tokens + 1) if generator.random() < 0.5 else 0
         pieces.append((start, num_tokens))
     num_decodes = draw(1, room.limits.max_num_seqs)

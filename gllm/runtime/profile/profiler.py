@@ -6,11 +6,11 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from gllm.console.progress import show_progress
-from gllm.runtime.profile.grids import BASE_CHUNK, make_grid
+from gllm.runtime.profile.grids import make_grid
 from gllm.runtime.profile.host import measure_host
 from gllm.runtime.profile.measure import measure
 from gllm.runtime.profile.session import Session
-from gllm.runtime.profile.steps import StepMaker, chunks, eager
+from gllm.runtime.profile.steps import StepMaker, chunks
 from gllm.runtime.profile.tables import make_tables
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def measure_tables(
     session = Session(workers, num_stages=limits.depth, max_in_flight=max(limits.max_in_flight, 2))
     transfer_ns = {}
     for num in grid.transfer_tokens:
-        found = measure(session, maker, eager(num, BASE_CHUNK), alone=True).transfer_ns
+        found = measure(session, maker, grid.base(num), alone=True).transfer_ns
         assert found is not None, "there is more than one stage"
         transfer_ns[num] = found
     if fills_cache:

@@ -67,10 +67,10 @@ def chunks(num: int, start: int, num_tokens: int) -> Mix:
     return Mix(chunks=((start, num_tokens),) * num)
 
 
-def eager(num_tokens: int, base_chunk: int) -> Mix:
-    """So many tokens in chunks of `base_chunk` from position 0; the last one is shorter where it does not divide."""
-    num_whole, rest = divmod(num_tokens, base_chunk)
-    return Mix(chunks=((0, base_chunk),) * num_whole + ((0, rest),) * bool(rest))
+def prompts(num_tokens: int, size: int) -> Mix:
+    """So many tokens in chunks of `size` from position 0; the last one is shorter where it does not divide."""
+    num_whole, rest = divmod(num_tokens, size)
+    return Mix(chunks=((0, size),) * num_whole + ((0, rest),) * bool(rest))
 
 
 def mixed(num: int, context: int, base_chunk: int) -> Mix:

@@ -7,7 +7,7 @@ from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 from gllm.runtime.profile.grids import BASE_CHUNK
-from gllm.runtime.profile.steps import chunks, decodes, eager
+from gllm.runtime.profile.steps import chunks, decodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -33,16 +33,17 @@ def make_tables(grid: Grid, times: Mapping[Mix, Times], transfer_ns: Mapping[int
         "base_chunk": BASE_CHUNK,
         "max_tokens": grid.room.max_tokens,
         "graph_sizes": graph_sizes,
+        "token_graph_sizes": grid.room.token_graph_sizes,
         "decode": _curve("batches", {num: times[grid.decode(num)].layers_ns for num in grid.decode_batches}),
         "decode_attention": _decode_attention(grid, times),
-        "eager": _curve("tokens", base.ns),
+        "tokens": _curve("tokens", base.ns),
         "mixed": _curve("batches", {num: base.beyond(grid.mixed(num)) for num in grid.mixed_batches}),
         "prefill_attention": _prefill_attention(grid, base),
-        "head": _curve("rows", {num: times[grid.mixed(num)].head_ns for num in grid.mixed_batches}),
+        "head": _curve("rows", {num: times[grid.head(num)].head_ns for num in grid.head_rows}) or None,
         "graph_head": _curve("rows", {num: times[grid.decode(num)].head_ns for num in graph_sizes}) or None,
         "gap": {
             "decode_ns": _gap(times, (grid.decode(num) for num in graph_sizes or grid.decode_batches)),
-            "eager_ns": _gap(times, (eager(num, BASE_CHUNK) for num in grid.tokens)),
+            "chunked_ns": _gap(times, (grid.base(num) for num in grid.tokens)),
         },
         "transfer": _curve("tokens", transfer_ns) or None,
         "checks": [_check(mix, times[mix]) for mix in grid.checks],
@@ -53,18 +54,18 @@ class _Base:
     """What tokens cost without attention to speak of, which all other tables are beyond."""
 
     def __init__(self, grid: Grid, times: Mapping[Mix, Times]) -> None:
-        self._times = times
-        self.ns = {num: times[eager(num, BASE_CHUNK)].layers_ns for num in grid.tokens}
+        self._times, self._graph_sizes = times, grid.room.token_graph_sizes
+        self.ns = {num: times[grid.base(num)].layers_ns for num in grid.tokens}
 
     def beyond(self, mix: Mix) -> int:
         """What a mix takes beyond its tokens' base."""
         return self._times[mix].layers_ns - self._at(mix.num_tokens)
 
     def _at(self, num_tokens: int) -> int:
-        """Between points as who reads the table sees it: on the line from one to the next."""
+        """As who reads the table sees it: of the next graph's size, else on the line from one point to the next."""
         points = list(self.ns)
         right = points[bisect_left(points, num_tokens)]
-        if right == num_tokens:
+        if right == num_tokens or right in self._graph_sizes:
             return self.ns[right]
         left = points[bisect_left(points, num_tokens) - 1]
         return self.ns[left] + (self.ns[right] - self.ns[left]) * (num_tokens - left) // (right - left)
