@@ -6,7 +6,17 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from gllm.report.plots import run_charts
-from gllm.report.rows import LATENCIES, SECTIONS, STATISTICS, lookup, seconds, show
+from gllm.report.rows import (
+    LATENCIES,
+    SECTIONS,
+    STATISTICS,
+    bounds,
+    intervals_note,
+    lookup,
+    seconds,
+    show,
+    show_bounds,
+)
 from gllm.report.style import CSS
 
 if TYPE_CHECKING:
@@ -32,7 +42,7 @@ def run_page(record: RunRecord, summary: Summary) -> str:
         header(f"{summary['mode']} run", facts.pop("model", "gLLM run"), facts),
         tiles(summary),
         '<div class="grid">',
-        f'<section class="card wide"><h2>Latency</h2>{table(("", *STATISTICS), latency_rows(summary))}</section>',
+        _latency(summary),
         _measures(summary),
         *(card(chart) for chart in run_charts(record, summary)),
         _folded(summary),
@@ -93,9 +103,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def latency_rows(summary: Summary) -> Iterator[list[str]]:
-    """One row a latency, one cell a statistic."""
+    """One row a latency, one cell a statistic, with its interval where there is one."""
     for name, key in LATENCIES.items():
-        yield [escape(name), *(f"<td>{show(lookup(summary, (key, stat)), 's')}</td>" for stat in STATISTICS)]
+        paths = [(key, statistic) for statistic in STATISTICS]
+        yield [
+            escape(name),
+            *(f"<td>{show(lookup(summary, path), 's')}{_bounds(summary, path, 's')}</td>" for path in paths),
+        ]
 
 
 def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:  # noqa: ANN401 - any JSON value
@@ -107,13 +121,30 @@ def flatten(config: Any, prefix: str = "") -> Iterator[tuple[str, str]]:  # noqa
         yield prefix, _name(config) if isinstance(config, list) else str(config)
 
 
+def _latency(summary: Summary) -> str:
+    note = intervals_note(summary)
+    below = f'<p class="note">{escape(note)}</p>' if note else ""
+    return (
+        f'<section class="card wide"><h2>Latency</h2>{table(("", *STATISTICS), latency_rows(summary))}{below}</section>'
+    )
+
+
 def _measures(summary: Summary) -> str:
     """Single-valued measures in one column a section."""
     columns = []
     for name, rows in SECTIONS.items():
-        pairs = "".join(f"<div><dt>{escape(row.label)}</dt><dd>{row.text(summary)}</dd></div>" for row in rows)
+        pairs = "".join(
+            f"<div><dt>{escape(row.label)}</dt><dd>{row.text(summary)}{_bounds(summary, row.path, row.unit)}</dd></div>"
+            for row in rows
+        )
         columns.append(f"<div><h3>{escape(name)}</h3><dl>{pairs}</dl></div>")
     return f'<section class="card wide measures">{"".join(columns)}</section>'
+
+
+def _bounds(summary: Summary, path: Sequence[str], unit: str) -> str:
+    """A measure's interval, beneath it."""
+    text = show_bounds(bounds(summary, path), unit)
+    return f'<span class="bounds">{escape(text)}</span>' if text else ""
 
 
 def _tiles(summary: Summary) -> Iterator[tuple[str, str, str]]:

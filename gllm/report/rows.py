@@ -94,6 +94,32 @@ def lookup(summary: Summary, path: Iterable[str]) -> Any:  # noqa: ANN401 - any 
     return value
 
 
+def bounds(summary: Summary, path: Sequence[str]) -> tuple[float, float] | None:
+    """The prediction interval of a measure; None where the summary has none, or there is but the value itself."""
+    pair = lookup(summary, ("intervals", "measures", ".".join(path)))
+    return None if pair is None or pair[0] == pair[1] == lookup(summary, path) else (pair[0], pair[1])
+
+
+def show_bounds(pair: tuple[float, float] | None, unit: str) -> str:
+    """Format an interval; nothing for None."""
+    return "" if pair is None else " to ".join(show(round(end) if unit == "count" else end, unit) for end in pair)
+
+
+def intervals_note(summary: Summary) -> str:
+    """What the prediction intervals of a summary are, in a line; nothing where it has none."""
+    found = summary.get("intervals")
+    if found is None:
+        return ""
+    checks = "; ".join(
+        f"{kind} {each['mean']:.3f} ± {each['standard_error']:.3f} of {each['num_checks']}"
+        for kind, each in found["checks"].items()
+    )
+    return (
+        f"{found['level']:.0%} intervals by {found['num_replicas']} replicas that err like the profile's checks; "
+        f"these, measured by predicted: {checks}"
+    )
+
+
 def best(values: Sequence[Any], better: str) -> set[int]:
     """Positions of the best value, ties included; none when nothing tells the values apart."""
     known = [value for value in values if value is not None]

@@ -133,7 +133,8 @@ h2{font-size:16px;margin:0 0 8px;letter-spacing:-.005em}
 .measures{display:grid;grid-template-columns:repeat(4,1fr);gap:6px 34px}
 .measures h3{font-size:14px;margin:0 0 4px}.measures dl{margin:0 0 6px;font-size:13.5px}
 .measures dl div{display:flex;justify-content:space-between;padding:4px 0;border-top:1px solid var(--line)}
-.measures dt{color:var(--muted)}.measures dd{margin:0;font-variant-numeric:tabular-nums}
+.measures dt{color:var(--muted)}.measures dd{margin:0;text-align:right;font-variant-numeric:tabular-nums}
+.bounds{display:block;color:var(--muted);font-size:12px;font-weight:400;text-align:right;white-space:nowrap}
 .scroll{overflow-x:auto}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums;font-size:14px}
 th,td{text-align:right;padding:6px 10px;border-bottom:1px solid var(--line);white-space:nowrap}

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gllm.report.rows import COMPARED, LATENCIES, SECTIONS, STATISTICS, best, lookup, show
+from gllm.report.rows import (
+    COMPARED,
+    LATENCIES,
+    SECTIONS,
+    STATISTICS,
+    best,
+    bounds,
+    intervals_note,
+    lookup,
+    show,
+    show_bounds,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,11 +26,12 @@ if TYPE_CHECKING:
 
 
 def run_table(summary: Summary, *, title: str | None = None) -> Table:
-    """One run: traffic, latency, throughput, pipeline and cache in one frame."""
+    """One run: traffic, latency, throughput, pipeline and cache in one frame, intervals where it has them."""
     from rich import box  # noqa: PLC0415 - the command line starts without it
     from rich.table import Table  # noqa: PLC0415
 
     table = Table(title=title, box=box.ROUNDED, show_header=False, show_lines=True, title_style="bold")
+    table.caption = intervals_note(summary) or None
     table.add_column(style="bold cyan", vertical="top")
     table.add_column()
     traffic, *others = SECTIONS.items()
@@ -46,13 +58,18 @@ def comparison_table(runs: Sequence[Summary], labels: Sequence[str], *, title: s
 
 
 def _pairs(rows: Sequence[Row], summary: Summary) -> Table:
-    """Label and value, two such pairs to a line."""
+    """Label and value, two such pairs to a line; with intervals one, and its interval."""
     from rich.table import Table  # noqa: PLC0415
 
+    with_bounds = "intervals" in summary
     grid = Table.grid(padding=(0, 2))
-    for _ in range(2):
+    for _ in range(1 if with_bounds else 2):
         grid.add_column(style="dim", min_width=19)
         grid.add_column(justify="right", min_width=9)
+    if with_bounds:
+        for row in rows:
+            grid.add_row(row.label, row.text(summary), show_bounds(bounds(summary, row.path), row.unit))
+        return grid
     cells = [cell for row in rows for cell in (row.label, row.text(summary))]
     for start in range(0, len(cells), 4):
         grid.add_row(*cells[start : start + 4])
@@ -69,6 +86,10 @@ def _latency(summary: Summary) -> Table:
     grid.add_row("", *(f"[dim]{statistic}[/dim]" for statistic in STATISTICS))
     for name, key in LATENCIES.items():
         grid.add_row(name, *(show(lookup(summary, (key, statistic)), "s") for statistic in STATISTICS))
+        pairs = [bounds(summary, (key, statistic)) for statistic in STATISTICS]
+        for end, label in enumerate(("  from", "  to")) if any(pairs) else ():
+            cells = ("" if pair is None else show(pair[end], "s") for pair in pairs)
+            grid.add_row(label, *cells, style="dim")
     return grid
 
 

@@ -23,13 +23,20 @@ if TYPE_CHECKING:
 
 
 def write_run(
-    directory: Path, record: RunRecord, *, slo_ttft_s: float | None = None, slo_tpot_s: float | None = None
+    directory: Path,
+    record: RunRecord,
+    *,
+    slo_ttft_s: float | None = None,
+    slo_tpot_s: float | None = None,
+    intervals: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Write report.json, record.npz, requests.csv, report.html and timeline.json; return the summary in report.json.
 
+    `intervals` say where its measures are expected (`gllm.report.rows.bounds`) and become part of it.
     Each file is whole or absent, and replaces only one of its own name. The folder is made where it is missing.
     """
     summary = summarize(record, slo_ttft_s=slo_ttft_s, slo_tpot_s=slo_tpot_s)
+    summary |= {} if intervals is None else {"intervals": intervals}
     write_json(directory / REPORT_NAME, summary)
     write_record(directory, record)
     with replacing(directory / "requests.csv") as file:

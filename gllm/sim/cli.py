@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from gllm.console.options import add_engine_options, add_slo_options, add_trace_options, positive, whole
 from gllm.console.parser import Parser, add_command, add_output, run
-from gllm.sim.options import add_model_options, rates
+from gllm.sim.options import DEFAULT_REPLICAS, LEAST_REPLICAS, add_jobs, add_model_options, rates
 
 if TYPE_CHECKING:
+    import argparse
     from collections.abc import Sequence
 
     from gllm.console.parser import Commands
@@ -52,6 +53,17 @@ def _add_replay(commands: Commands) -> None:
     parser.add_argument(
         "--no-iterations", dest="iterations", action="store_false", help="neither log nor hash the decisions: faster"
     )
+    group = parser.add_argument_group("prediction intervals")
+    group.add_argument(
+        "--intervals",
+        type=whole(LEAST_REPLICAS),
+        nargs="?",
+        const=DEFAULT_REPLICAS,
+        metavar="N",
+        help="also say where each measure is expected in 9 of 10 cases: by N more runs (default: "
+        f"{DEFAULT_REPLICAS}), drawn with --seed, off as the profile's own checks are",
+    )
+    add_jobs(group, "of these runs")
 
 
 def _add_compare(commands: Commands) -> None:
@@ -68,7 +80,7 @@ def _add_compare(commands: Commands) -> None:
         help="such as throttle,sarathi:token_budget=512",
     )
     parser.add_argument("--rates", type=rates, metavar="R,...", help="requests/s, reached by scaling the arrival times")
-    parser.add_argument("--jobs", type=whole(1), metavar="N", help="runs at once; default: one a core")
+    add_jobs(parser, "runs")
     add_model_options(parser)
     add_engine_options(parser)
     add_slo_options(parser)
@@ -110,6 +122,17 @@ def _add_fidelity(commands: Commands) -> None:
         metavar="KEY=VALUE,...",
         help="constants of the roofline; then auto is none",
     )
+    group = parser.add_argument_group("prediction intervals, where a profile has checks")
+    text = f"do without them, which saves {DEFAULT_REPLICAS} more simulations"
+    group.add_argument(
+        "--no-intervals", dest="intervals", action="store_const", const=0, default=DEFAULT_REPLICAS, help=text
+    )
+    add_jobs(group, "of these simulations")
+    _add_verdict(parser)
+    add_output(parser, "fidelity.html, fidelity.json, timeline.json and the simulated iterations.jsonl.gz")
+
+
+def _add_verdict(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("verdict")
     group.add_argument(
         "--bar",
@@ -121,4 +144,3 @@ def _add_fidelity(commands: Commands) -> None:
     group.add_argument(
         "--check", action="store_true", help="exit status 1 where a metric or a decision is not as it must"
     )
-    add_output(parser, "fidelity.html, fidelity.json, timeline.json and the simulated iterations.jsonl.gz")

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import product
-from multiprocessing import get_context
-from multiprocessing.connection import wait
-from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +15,15 @@ from gllm.console.runs import read_trace, tell
 from gllm.console.terminal import say, say_json, say_table, warn
 from gllm.policy import format_policy, parse_policy
 from gllm.report.decision_log import LOG_NAME
-from gllm.sim.options import sim_config, split_policies
+from gllm.sim.options import num_jobs, sim_config, split_policies
+from gllm.sim.processes import run_all
 from gllm.sim.replay import config_trace, profile_notes, rejections, setup_notes
 from gllm.trace import TraceError
 from gllm.trace.shape import faster
 
 if TYPE_CHECKING:
     from argparse import Namespace
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
-    from multiprocessing.connection import Connection
-    from multiprocessing.process import BaseProcess
+    from collections.abc import Iterable, Mapping, Sequence
 
     from gllm.sim.config import SimConfig
     from gllm.trace import Trace, TraceOptions
@@ -56,6 +50,20 @@ class Job:
         rate = "burst" if self.rate_per_s is None else f"{self.rate_per_s:g}"
         return re.sub(r"[^\w.,=@+-]", "_", f"{self.config.policy}@{rate}")
 
+    def run(self) -> Summary:
+        """Carry it out; its summary, as a comparison wants it."""
+        from gllm.report.metrics import summarize  # noqa: PLC0415 - in the run's own process
+        from gllm.report.write import write_run  # noqa: PLC0415
+        from gllm.sim.run import simulate  # noqa: PLC0415
+
+        config, folder = self.config, self.folder
+        trace = replace(self.trace, requests=tuple(faster(self.trace.requests, self.scale)))
+        log_path = folder / LOG_NAME if folder is not None and self.iterations else None
+        record = simulate(config, trace, log_path=log_path)
+        slo: Summary = {"slo_ttft_s": config.slo_ttft_s, "slo_tpot_s": config.slo_tpot_s}
+        summary = summarize(record, **slo) if folder is None else write_run(folder, record, **slo)
+        return {"policy": config.policy, "rate_per_s": self.rate_per_s, **summary}
+
 
 def compare(args: Namespace) -> int:
     """Run all pairs of policy and rate, write the comparison, print it; return the exit status."""
@@ -74,97 +82,6 @@ def mean_rate(trace: Trace) -> float | None:
     """Arrivals per second over the trace; None where all come at once."""
     span_ns = trace.requests[-1].arrival_ns or 0
     return (len(trace.requests) - 1) * NS_PER_S / span_ns if span_ns else None
-
-
-def run_job(job: Job) -> Summary:
-    """Carry out one run; its summary, as a comparison wants it."""
-    from gllm.report.metrics import summarize  # noqa: PLC0415 - in the run's own process
-    from gllm.report.write import write_run  # noqa: PLC0415
-    from gllm.sim.run import simulate  # noqa: PLC0415
-
-    config, folder = job.config, job.folder
-    trace = replace(job.trace, requests=tuple(faster(job.trace.requests, job.scale)))
-    log_path = folder / LOG_NAME if folder is not None and job.iterations else None
-    record = simulate(config, trace, log_path=log_path)
-    slo = {"slo_ttft_s": config.slo_ttft_s, "slo_tpot_s": config.slo_tpot_s}
-    summary = summarize(record, **slo) if folder is None else write_run(folder, record, **slo)
-    return {"policy": config.policy, "rate_per_s": job.rate_per_s, **summary}
-
-
-def run_all(jobs: Sequence[Job], num_processes: int, ended: list[str] | None = None) -> dict[str, Summary | str]:
-    """Run the jobs, so many at once; for each name its summary, or in one line why there is none.
-
-    Names of jobs that are over are added to `ended` as it happens. However this ends, no process is left.
-    """
-    waiting = list(reversed(jobs))
-    running: dict[Connection, tuple[str, BaseProcess]] = {}
-    outcomes: dict[str, Summary | str] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < num_processes:
-                job = waiting.pop()
-                with _uninterrupted():
-                    connection, process = _start()
-                    running[connection] = job.name, process
-                with suppress(ConnectionError):  # killed already: its end of the pipe will say so
-                    connection.send(job)
-            ready = set(wait(running))
-            for connection in [connection for connection in running if connection in ready]:
-                name, process = running.pop(connection)
-                outcomes[name] = _outcome(connection, process)
-                if ended is not None:
-                    ended.append(name)
-    finally:
-        for _, process in running.values():
-            process.kill()
-            process.join()
-    return {job.name: outcomes[job.name] for job in jobs}
-
-
-def _start() -> tuple[Connection, BaseProcess]:
-    """A process that waits for its job."""
-    context = get_context("spawn")  # fork would copy the progress bar's thread and its locks
-    ours, theirs = context.Pipe()
-    process = context.Process(target=_child, args=(theirs,), daemon=True)
-    process.start()
-    theirs.close()
-    return ours, process
-
-
-@contextmanager
-def _uninterrupted() -> Iterator[None]:
-    """Put Ctrl-C off until the end of the block; processes started in it never see one."""
-    pending: list[int] = []
-    ensure_running()  # of the resource tracker, which would undo the mask when it starts
-    handler = signal.signal(signal.SIGINT, lambda number, _: pending.append(number))
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which a child inherits
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
-    if pending:
-        raise KeyboardInterrupt
-
-
-def _child(connection: Connection) -> None:
-    """A run's process: takes a job, sends its summary or what went wrong."""
-    try:
-        connection.send(run_job(connection.recv()))
-    except Exception as error:  # noqa: BLE001 - one failing run must not stop the others
-        known = isinstance(error, ValueError | OSError) or type(error).__name__ in {"PlanError", "StallError"}
-        text = " ".join(str(error).split())
-        connection.send(text if known else f"{type(error).__name__}: {text}")
-
-
-def _outcome(connection: Connection, process: BaseProcess) -> Summary | str:
-    try:
-        outcome: Summary | str = connection.recv()
-    except (EOFError, ConnectionError):
-        process.join()
-        outcome = f"its process was killed (status {process.exitcode}); try fewer --jobs"
-    process.join()
-    return outcome
 
 
 def _policies(texts: list[str]) -> list[str]:
@@ -228,7 +145,7 @@ def _jobs(
 
 
 def _compared(args: Namespace, jobs: Sequence[Job], folder: Path | None) -> int:
-    num_processes = min(len(jobs), args.jobs or os.cpu_count() or 1)
+    num_processes = min(len(jobs), num_jobs(args))
     ended: list[str] = []
     with nullcontext() if args.quiet else show_progress(len(jobs), lambda: len(ended), what="runs"):
         outcomes = run_all(jobs, num_processes, ended)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gllm.console.options import add_parallel_options, parallel_options, positive, trace_options
+from gllm.console.options import add_parallel_options, parallel_options, positive, trace_options, whole
 
 if TYPE_CHECKING:
     import argparse
@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from gllm.sim.constants import RooflineConstants
 
 DEFAULT_STAGES = 4
+DEFAULT_REPLICAS = 20
+LEAST_REPLICAS = 19
+"""Between the least and the largest of so many values 9 of 10 further ones fall."""
 
 
 def rates(text: str) -> list[float]:
@@ -60,6 +63,18 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE,...",
         help="constants of the roofline, such as host_ns=500000; with it, auto is none",
     )
+
+
+def add_jobs(parser: argparse._ActionsContainer, what: str) -> None:
+    """How many processes there are."""
+    parser.add_argument("--jobs", type=whole(1), metavar="N", help=f"{what} at once; default: one a core")
+
+
+def num_jobs(args: argparse.Namespace) -> int:
+    """As many as asked for, or as there are cores."""
+    import os  # noqa: PLC0415
+
+    return args.jobs or os.cpu_count() or 1
 
 
 def sim_config(args: argparse.Namespace, policy: str) -> SimConfig:

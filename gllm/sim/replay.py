@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,15 +10,17 @@ from gllm.console.output import RUN_FILES, staged
 from gllm.console.progress import show_progress
 from gllm.console.runs import read_trace, show_run, tell
 from gllm.report.decision_log import LOG_NAME
-from gllm.sim.options import sim_config
+from gllm.sim.options import num_jobs, sim_config
 from gllm.sim.run import simulate
 
 if TYPE_CHECKING:
     from argparse import Namespace
     from collections.abc import Iterator
 
+    from gllm.sim.calibration import Calibration
     from gllm.sim.config import Setup, SimConfig
-    from gllm.trace import TraceOptions
+    from gllm.sim.cost import CostModel
+    from gllm.trace import Trace, TraceOptions
 
     Summary = dict[str, Any]
 
@@ -26,11 +29,12 @@ def replay(args: Namespace) -> int:
     """Replay a trace, write its report, print its table; return the exit status."""
     config = sim_config(args, args.policy)
     setup = config.resolve()  # before the trace is read: most mistakes show here
+    calibration = _calibration(args, setup)
     if args.out is None:
-        summary = _summary(args, config)
+        summary = _summary(args, setup, calibration)
     else:
         with staged(Path(args.out), RUN_FILES) as folder:
-            summary = _written(args, config, folder)
+            summary = _written(args, setup, calibration, folder)
     tell(args, setup_notes(setup))
     tell(args, profile_notes(summary))
     tell(args, rejections(setup, summary))
@@ -66,25 +70,66 @@ def rejections(setup: Setup, summary: Summary) -> Iterator[str]:
         yield f"{rejected:,} of {total:,} requests rejected: prompts too long for the {longest:,} tokens {cause}"
 
 
-def _summary(args: Namespace, config: SimConfig) -> Summary:
+def _summary(args: Namespace, setup: Setup, calibration: Calibration | None) -> Summary:
     """Of a run that leaves no files."""
-    from gllm.report.metrics import summarize  # noqa: PLC0415
-
+    config = setup.config
     trace = read_trace(args, config_trace(config))
     progress = None if args.quiet else show_progress
     record = simulate(config, trace, digest=args.iterations, progress=progress)
-    return summarize(record, slo_ttft_s=config.slo_ttft_s, slo_tpot_s=config.slo_tpot_s)
+    from gllm.report.metrics import summarize  # noqa: PLC0415
+
+    summary = summarize(record, slo_ttft_s=config.slo_ttft_s, slo_tpot_s=config.slo_tpot_s)
+    intervals = _intervals(args, setup, calibration, trace)
+    return summary if intervals is None else {**summary, "intervals": intervals}
 
 
-def _written(args: Namespace, config: SimConfig, folder: Path) -> Summary:
+def _written(args: Namespace, setup: Setup, calibration: Calibration | None, folder: Path) -> Summary:
     """Of a run whose report goes into `folder`."""
+    config = setup.config
     trace = read_trace(args, config_trace(config))
     progress = None if args.quiet else show_progress
     log_path = folder / LOG_NAME if args.iterations else None
     record = simulate(config, trace, log_path=log_path, progress=progress)
+    intervals = _intervals(args, setup, calibration, trace)
     from gllm.report.write import write_run  # noqa: PLC0415 - pandas and plots, which only now are needed
 
-    return write_run(folder, record, slo_ttft_s=config.slo_ttft_s, slo_tpot_s=config.slo_tpot_s)
+    slo: Summary = {"slo_ttft_s": config.slo_ttft_s, "slo_tpot_s": config.slo_tpot_s}
+    return write_run(folder, record, **slo, intervals=intervals)
+
+
+def _calibration(args: Namespace, setup: Setup) -> Calibration | None:
+    """What prediction intervals are taken from; None where none are asked for."""
+    if args.intervals is None:
+        return None
+    from gllm.sim.intervals import calibration_of  # noqa: PLC0415
+
+    return calibration_of(setup)
+
+
+def _intervals(args: Namespace, setup: Setup, calibration: Calibration | None, trace: Trace) -> Summary | None:
+    """As a report holds them."""
+    if calibration is None:
+        return None
+    from gllm.sim.intervals import predict_intervals  # noqa: PLC0415
+
+    found = predict_intervals(
+        partial(simulated_summary, setup.config, trace),
+        setup.cost,
+        calibration,
+        num_replicas=args.intervals,
+        seed=args.seed,
+        num_processes=num_jobs(args),
+        quiet=args.quiet,
+    )
+    return found.to_json()
+
+
+def simulated_summary(config: SimConfig, trace: Trace, cost: CostModel) -> Summary:
+    """Of a run whose steps take what `cost` says; no log, no progress."""
+    from gllm.report.metrics import summarize  # noqa: PLC0415
+
+    record = simulate(config, trace, cost=cost)
+    return summarize(record, slo_ttft_s=config.slo_ttft_s, slo_tpot_s=config.slo_tpot_s)
 
 
 def config_trace(config: SimConfig) -> TraceOptions:

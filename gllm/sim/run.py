@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from gllm.report.record import RunRecord
     from gllm.sim.config import Setup, SimConfig
+    from gllm.sim.cost import CostModel
     from gllm.sim.pipeline import Done, Pipeline
     from gllm.trace import Trace, TraceRequest
 
@@ -35,6 +36,7 @@ def simulate(
     config: SimConfig,
     trace: Trace,
     *,
+    cost: CostModel | None = None,
     log_path: Path | None = None,
     digest: bool = False,
     progress: Progress | None = None,
@@ -45,6 +47,7 @@ def simulate(
     Args:
         config: What serves it.
         trace: The requests.
+        cost: What says how long steps take, in the place of the configuration's own.
         log_path: Where to write the decision log; None: nowhere.
         digest: Hash the decisions even if no log is written.
         progress: Told how far the run is, while it goes.
@@ -56,11 +59,12 @@ def simulate(
         StallError: The policy let work wait for ever; the message names it.
     """
     setup = config.resolve()
-    recorder = Recorder(setup.cost.num_stages)
+    cost = setup.cost if cost is None else cost
+    recorder = Recorder(cost.num_stages)
     with ExitStack() as stack:
         log = stack.enter_context(DecisionLog(log_path)) if digest or log_path is not None else None
         engine = setup.engine(keep_snapshots=log_path is not None)
-        simulation = Simulation(engine, arrivals(config, trace), setup.cost, recorder, log, pipeline)
+        simulation = Simulation(engine, arrivals(config, trace), cost, recorder, log, pipeline)
         stack.enter_context(_watched(progress, trace, recorder))
         stack.enter_context(_few_collections())
         start = perf_counter()

@@ -8,7 +8,7 @@ import pytest
 
 from gllm.console.output import RUN_FILES, TRACE_NAME
 from gllm.parallel import Parallel
-from gllm.sim import compare as compare_module
+from gllm.sim import processes
 from gllm.sim.cli import main
 from gllm.sim.compare import Job, mean_rate, run_all
 from gllm.sim.config import SimConfig
@@ -120,7 +120,7 @@ def test_outcomes_keep_their_order_and_their_errors():
 
 
 def test_a_killed_process_is_an_error_of_its_run_alone(monkeypatch):
-    start, started = compare_module._start, []
+    start, started = processes._start, []
 
     def killed():
         connection, process = start()
@@ -129,7 +129,7 @@ def test_a_killed_process_is_an_error_of_its_run_alone(monkeypatch):
         started.append(process)
         return connection, process
 
-    monkeypatch.setattr(compare_module, "_start", killed)
+    monkeypatch.setattr(processes, "_start", killed)
     outcomes = run_all([job("orca"), job()], 2)
     assert "was killed (status -9)" in outcomes["orca@burst"]
     assert outcomes["throttle@burst"]["num_finished"] == 10

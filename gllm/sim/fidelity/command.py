@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ from gllm.console.runs import tell
 from gllm.console.terminal import say, say_json
 from gllm.report.decision_log import LOG_NAME
 from gllm.sim.fidelity.decisions import compare_decisions
-from gllm.sim.options import cost_constants
+from gllm.sim.options import cost_constants, num_jobs
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -44,11 +45,20 @@ def _found(args: Namespace) -> Comparison:
     runs = read_runs(args.runs)
     config = sim_config(runs[0], gpu=args.gpu, profile=args.profile, constants=cost_constants(args.cost))
     setup = config.resolve()
+    compared = partial(
+        compare,
+        runs,
+        setup,
+        bar=args.bar,
+        num_replicas=args.intervals,
+        num_processes=num_jobs(args),
+        quiet=args.quiet,
+    )
     if args.out is None:
         with TemporaryDirectory(prefix="gllm-") as name:
-            return compare(runs, setup, Path(name) / LOG_NAME, bar=args.bar)
+            return compared(log_path=Path(name) / LOG_NAME)
     with staged(Path(args.out), FIDELITY_FILES) as folder:
-        found = compare(runs, setup, folder / LOG_NAME, bar=args.bar)
+        found = compared(log_path=folder / LOG_NAME)
         _write(found, folder)
     return found
 
@@ -68,11 +78,11 @@ def _write(found: Comparison, folder: Path) -> None:
 
 def _show(found: Comparison, out: str | None) -> None:
     from gllm.console.terminal import say_table  # noqa: PLC0415
-    from gllm.sim.fidelity.tables import TABLES, summary_lines, terminal_table  # noqa: PLC0415
+    from gllm.sim.fidelity.tables import STAGE_TABLES, metric_tables, summary_lines, terminal_table  # noqa: PLC0415
 
     for line in summary_lines(found):
         say(line)
-    for table in TABLES:
+    for table in (*metric_tables(found), *STAGE_TABLES):
         say_table(terminal_table(table, found))
     if out is not None:
         say(f"report {Path(out) / 'fidelity.html'}")

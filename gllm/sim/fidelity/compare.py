@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from gllm.report.metrics import plain, summarize
+from gllm.sim.calibration import calibrate
 from gllm.sim.fidelity.decisions import inject
-from gllm.sim.fidelity.free import compare_free, run_free
+from gllm.sim.fidelity.free import compare_free, free_summary, run_free
 from gllm.sim.fidelity.metrics import compare_metrics
 from gllm.sim.fidelity.stages import Predictions, stage_errors, wait_errors
+from gllm.sim.intervals import predict_intervals
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from gllm.sim.fidelity.metrics import Compared
     from gllm.sim.fidelity.runs import RecordedRun
     from gllm.sim.fidelity.stages import StageError, WaitError
+    from gllm.sim.intervals import Intervals
 
 COST_KEYS = ("cost_model", "gpu", "profile_residuals", "profile_notes", "cost_constants")
 
@@ -51,6 +55,7 @@ class Comparison:
     injected: Sequence[Injected]  # one a run
     free: FreeDecisions
     metrics: Sequence[Compared]
+    intervals: Intervals | None  # None: the cost model has no checks to take any from
     stages: Sequence[StageError]
     waits: Sequence[WaitError]
     predictions: Predictions
@@ -60,6 +65,12 @@ class Comparison:
         """Whether decisions are equal wherever they must be, and no metric fails."""
         decisions = self.queued.is_equal is not False and all(each.is_equal for each in self.injected)
         return decisions and all(metric.passes is not False for metric in self.metrics)
+
+    @property
+    def num_inside(self) -> tuple[int, int]:
+        """How many measured values are in their prediction interval, and how many have one."""
+        verdicts = [metric.is_inside for metric in self.metrics if metric.is_inside is not None]
+        return verdicts.count(True), len(verdicts)
 
     def to_json(self) -> dict[str, Any]:
         """Everything but the columns."""
@@ -78,23 +89,45 @@ class Comparison:
                 "free": self.free._asdict(),
             },
             "metrics": [asdict(metric) for metric in self.metrics],
+            "intervals": self._intervals_to_json(),
             "stages": [asdict(row) for row in self.stages],
             "waits": [asdict(row) for row in self.waits],
         }
         as_json: dict[str, Any] = plain(found)
         return as_json
 
+    def _intervals_to_json(self) -> dict[str, Any] | None:
+        """How they were made; the metrics hold them."""
+        if self.intervals is None:
+            return None
+        num_inside, num_known = self.num_inside
+        found = self.intervals.to_json() | {"num_inside": num_inside, "num_known": num_known}
+        del found["measures"]
+        return found
 
-def compare(runs: Sequence[RecordedRun], setup: Setup, log_path: Path, *, bar: float) -> Comparison:
+
+def compare(
+    runs: Sequence[RecordedRun],
+    setup: Setup,
+    log_path: Path,
+    *,
+    bar: float,
+    num_replicas: int = 0,
+    num_processes: int = 1,
+    quiet: bool = True,
+) -> Comparison:
     """Compare recorded runs of one trace with what `setup` says; the simulated decisions go to `log_path`.
 
-    `bar` is what a metric may be off, in percent.
+    `bar` is what a metric may be off, in percent. With replicas, metrics have prediction intervals, as far as the
+    profile has checks.
     """
     first, predictions = runs[0], Predictions(setup.cost)
     injected = [inject(first.folder, first.recording, predictions.watch)]
     injected += [inject(run.folder, run.recording) for run in runs[1:]]
     record = run_free(first, setup.cost, log_path)
     summary = summarize(record, slo_ttft_s=None, slo_tpot_s=None)
+    intervals = _intervals(first, setup, num_replicas, num_processes, quiet=quiet)
+    measures = None if intervals is None else intervals.measures
     described = setup.to_json()  # now that the cost model has seen all micro-batches
     return Comparison(
         runs=runs,
@@ -103,10 +136,27 @@ def compare(runs: Sequence[RecordedRun], setup: Setup, log_path: Path, *, bar: f
         queued=_queued(first, record),
         injected=injected,
         free=compare_free(first, log_path),
-        metrics=compare_metrics([run.summary for run in runs], summary, bar),
+        metrics=compare_metrics([run.summary for run in runs], summary, bar, measures),
+        intervals=intervals,
         stages=stage_errors(predictions, first.record),
         waits=wait_errors(predictions, first.record),
         predictions=predictions,
+    )
+
+
+def _intervals(
+    run: RecordedRun, setup: Setup, num_replicas: int, num_processes: int, *, quiet: bool
+) -> Intervals | None:
+    calibration = None if setup.profile is None or not num_replicas else calibrate(setup.profile)
+    if calibration is None:
+        return None
+    return predict_intervals(
+        partial(free_summary, run),
+        setup.cost,
+        calibration,
+        num_replicas=num_replicas,
+        num_processes=num_processes,
+        quiet=quiet,
     )
 
 

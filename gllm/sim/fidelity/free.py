@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from contextlib import nullcontext
 from itertools import accumulate
 from time import perf_counter
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gllm.core import Engine
 from gllm.report.decision_log import LOG_NAME, DecisionLog, read_decisions
+from gllm.report.metrics import summarize
 from gllm.report.recorder import Recorder
 from gllm.sim.diff import first_parting
 from gllm.sim.driver import Simulation
@@ -35,23 +37,28 @@ class FreeDecisions(NamedTuple):
     num_same_chunks: int  # requests whose prompts were computed in the same chunks
 
 
-def run_free(run: RecordedRun, cost: CostModel, log_path: Path) -> RunRecord:
-    """Simulate a recorded run's requests with what `cost` says of time; write the decision log."""
+def run_free(run: RecordedRun, cost: CostModel, log_path: Path | None = None) -> RunRecord:
+    """Simulate a recorded run's requests with what `cost` says of time; write the decision log, if anywhere."""
     recording = run.recording
     limits = recording.limits
-    engine = Engine(recording.policy, limits, keep_snapshots=recording.has_views)
+    engine = Engine(recording.policy, limits, keep_snapshots=log_path is not None and recording.has_views)
     recorder = Recorder(cost.num_stages)
     start = perf_counter()
-    with DecisionLog(log_path) as log:
+    with nullcontext() if log_path is None else DecisionLog(log_path) as log:
         Simulation(engine, recording.arrivals, cost, recorder, log, script=Clients(recording)).run()
     return recorder.record(
         config=run.record.config,
         mode="simulated",
         wall_s=perf_counter() - start,
-        decision_sha256=log.sha256,
+        decision_sha256=None if log is None else log.sha256,
         num_blocks=limits.num_blocks,
         block_size=limits.block_size,
     )
+
+
+def free_summary(run: RecordedRun, cost: CostModel) -> dict[str, Any]:
+    """Of the same without a log."""
+    return summarize(run_free(run, cost), slo_ttft_s=None, slo_tpot_s=None)
 
 
 class Clients:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import fsum
 from typing import TYPE_CHECKING, Any
 
-from gllm.report.rows import LATENCIES, STATISTICS, show
+from gllm.report.rows import LATENCIES, STATISTICS, show, show_bounds
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +39,11 @@ class Metric:
             value = value[key]
         return value
 
+    @property
+    def name(self) -> str:
+        """As `gllm.sim.intervals` names it."""
+        return ".".join(map(str, self.path))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compared:
@@ -52,6 +57,8 @@ class Compared:
     spread: float | None  # largest less smallest of the recorded runs; None for a single one
     bar: float | None  # None: not judged
     passes: bool | None
+    interval: tuple[float, float] | None = None  # where the measured value is predicted to be
+    is_inside: bool | None = None  # whether it is there
 
     def cells(self) -> tuple[str, ...]:
         """As a table shows it: label, both values, error, spread, verdict."""
@@ -59,13 +66,28 @@ class Compared:
         error = "–" if self.error is None else f"{self.error:+.2f}{end}"  # noqa: RUF001 - the typographic dash
         spread = "" if self.spread is None else f"{self.spread:.2f}{end}"
         verdict = {None: "", True: "yes", False: "NO"}[self.passes]
-        values = (show(_rounded(value, self.unit), self.unit) for value in (self.measured, self.simulated))
-        return (self.label, *values, error, spread, verdict)
+        return (self.label, *self._values(), error, spread, verdict)
+
+    def interval_cells(self) -> tuple[str, ...]:
+        """As a table of intervals shows it: label, both values, interval, whether the measured one is inside."""
+        mark = {None: "", True: "yes", False: "NO"}[self.is_inside]
+        return (self.label, *self._values(), show_bounds(self.interval, self.unit), mark)
+
+    def _values(self) -> tuple[str, ...]:
+        return tuple(show(_rounded(value, self.unit), self.unit) for value in (self.measured, self.simulated))
 
 
-def compare_metrics(recorded: Sequence[Summary], simulated: Summary, bar: float) -> list[Compared]:
+def compare_metrics(
+    recorded: Sequence[Summary],
+    simulated: Summary,
+    bar: float,
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+) -> list[Compared]:
     """All metrics of one or more recorded runs and of the simulated one; `bar` in percent."""
-    return [_compared(metric, recorded, simulated, bar) for metric in _metrics(len(simulated["stages"]))]
+    return [
+        _compared(metric, recorded, simulated, bar, (intervals or {}).get(metric.name))
+        for metric in _metrics(len(simulated["stages"]))
+    ]
 
 
 def _metrics(num_stages: int) -> Iterator[Metric]:
@@ -88,7 +110,13 @@ def _metrics(num_stages: int) -> Iterator[Metric]:
         yield Metric(label=f"stage {stage} bubbles", path=("stages", stage, "bubble_fraction"), unit="share")
 
 
-def _compared(metric: Metric, recorded: Sequence[Summary], simulated: Summary, bar: float) -> Compared:
+def _compared(
+    metric: Metric,
+    recorded: Sequence[Summary],
+    simulated: Summary,
+    bar: float,
+    interval: tuple[float, float] | None,
+) -> Compared:
     values, found = [metric.value(summary) for summary in recorded], metric.value(simulated)
     is_known = None not in values
     mean = fsum(values) / len(values) if is_known else None
@@ -104,6 +132,8 @@ def _compared(metric: Metric, recorded: Sequence[Summary], simulated: Summary, b
         spread=spread,
         bar=limit,
         passes=None if limit is None else error is not None and abs(error) <= max(limit, _NOISE * (spread or 0.0)),
+        interval=interval,
+        is_inside=None if mean is None or interval is None else interval[0] <= mean <= interval[1],
     )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from gllm.report.page import card, document, header, headline, table
 from gllm.report.twin_plots import latency_chart, stage_error_chart, stage_time_chart, token_chart
 from gllm.sim.fidelity.stages import KINDS
-from gllm.sim.fidelity.tables import METRICS, PARTS, STAGES, WAITS, decision_lines
+from gllm.sim.fidelity.tables import STAGE_TABLES, decision_lines, metric_tables
 
 if TYPE_CHECKING:
     from gllm.report.style import Chart
@@ -33,9 +33,9 @@ def fidelity_page(found: Comparison) -> str:
         _decisions(found),
         card(latency_chart(runs)),
         card(token_chart(runs)),
-        _table(METRICS, found),
+        *(_table(which, found) for which in metric_tables(found)),
         *map(card, _stage_charts(found)),
-        *(_table(which, found) for which in (STAGES, PARTS, WAITS)),
+        *(_table(which, found) for which in STAGE_TABLES),
         "</div>",
     ]
     return document(f"fidelity: {name}", "\n".join(body))

@@ -35,6 +35,9 @@ def summary_lines(found: Comparison) -> Iterator[str]:
     yield from decision_lines(found)
     failed = [metric.label for metric in found.metrics if metric.passes is False]
     yield f"outside the bar: {'; '.join(failed)}" if failed else "every metric that is judged is within its bar"
+    if found.intervals is not None:
+        num_inside, num_known = found.num_inside
+        yield f"measured values inside their 90 % intervals: {num_inside} of {num_known}"
 
 
 def decision_lines(found: Comparison) -> Iterator[str]:
@@ -61,6 +64,11 @@ def decision_lines(found: Comparison) -> Iterator[str]:
             f"decisions running free: part at {free.first_difference:,} of {free.num_recorded:,} "
             f"(simulated {free.num_simulated:,}); {same:.1%} of the requests got the same chunks"
         )
+
+
+def metric_tables(found: Comparison) -> tuple[Table, ...]:
+    """All metrics, then their prediction intervals if there are any."""
+    return (METRICS,) if found.intervals is None else (METRICS, INTERVALS)
 
 
 def terminal_table(table: Table, found: Comparison) -> RichTable:
@@ -112,6 +120,12 @@ METRICS = Table(
     head=("metric", "measured", "simulated", "error", "spread", "within"),
     rows=lambda found: (metric.cells() for metric in found.metrics),
 )
+INTERVALS = Table(
+    title="Prediction intervals",
+    note="where the simulator expects the measured value in 9 of 10 cases, going by the profile's checks",
+    head=("metric", "measured", "simulated", "90 % interval", "inside"),
+    rows=lambda found: (metric.interval_cells() for metric in found.metrics if metric.interval is not None),
+)
 STAGES = Table(
     title="Stage times of the recorded micro-batches",
     note="error of the sum, and of each batch whatever its sign, in percent of the measured time",
@@ -130,4 +144,4 @@ WAITS = Table(
     head=("time", "samples", "measured", "predicted", "off by"),
     rows=lambda found: map(_wait_cells, found.waits),
 )
-TABLES = (METRICS, STAGES, PARTS, WAITS)
+STAGE_TABLES = (STAGES, PARTS, WAITS)
