@@ -22,7 +22,7 @@ from gllm.runtime.profile.command import gist
 from gllm.runtime.profile.grids import BASE_CHUNK, MOST_EACH, Room, make_grid
 from gllm.runtime.profile.host import host_times
 from gllm.runtime.profile.session import Session
-from gllm.runtime.profile.steps import DRIFT, MAX_REPEATS, Mix, StepMaker
+from gllm.runtime.profile.steps import DRIFT, MAX_REPEATS, Mix, StepMaker, uneven_decodes
 from gllm.sim.cost import batch_work
 from gllm.sim.gpus import get_gpu
 from gllm.sim.profile import read_profile
@@ -557,3 +557,20 @@ def test_mistakes_are_told_before_anything_starts(args, said, tmp_path, monkeypa
     assert (status, len(lines)) == (2, 1)
     assert said in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 16, 255])
+@pytest.mark.parametrize(("context", "spread"), [(1000, 500), (40, 3), (40, 0)])
+def test_uneven_contexts_keep_their_mean(num, context, spread):
+    contexts = uneven_decodes(num, context, spread).contexts
+    assert (len(contexts), sum(contexts)) == (num, num * context)
+    if num > 1:
+        assert (min(contexts), max(contexts)) == (context - spread, context + spread)
+
+
+def test_no_context_is_longer_than_sequences_may_be():
+    where = room(max_model_len=1200)
+    grid = make_grid(where)
+    longest = max(max(mix.ends) for mix in grid.mixes() if not mix.chunks)
+    assert longest <= 1200
+    assert 1024 in grid.contexts

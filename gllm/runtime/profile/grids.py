@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import TYPE_CHECKING
 
-from gllm.runtime.profile.steps import DRIFT, Mix, chunks, decodes, mixed, prompts
+from gllm.runtime.profile.steps import DRIFT, Mix, chunks, decodes, mixed, prompts, uneven_decodes
 from gllm.runtime.worker.graph_sizes import MAX_CHUNKS
 
 if TYPE_CHECKING:
@@ -88,6 +88,12 @@ class Grid:
         """The step behind `decode`: at the smallest context."""
         return decodes(num, self.contexts[0])
 
+    def attending(self, num: int, context: int) -> Mix:
+        """The step behind `decode_attention`: contexts differ, as in traffic, and so cost more than equal ones."""
+        longest = self.room.limits.max_tokens_per_sequence - DRIFT
+        spread = min(context // 2, longest - context)
+        return self.decode(num) if context == self.contexts[0] else uneven_decodes(num, context, spread)
+
     def mixed(self, num: int) -> Mix:
         """The step behind `mixed`."""
         return mixed(num, self.contexts[0], BASE_CHUNK)
@@ -106,7 +112,7 @@ class Grid:
         found = [
             *(self.base(num) for num in self.tokens),
             *(self.decode(num) for num in self.decode_batches),
-            *(decodes(num, context) for num, context in product(self.batches, self.contexts)),
+            *(self.attending(num, context) for num, context in product(self.batches, self.contexts)),
             *(self.mixed(num) for num in self.mixed_batches),
             *(self.head(num) for num in self.head_rows),
             *(chunks(1, start, num) for num, start in product(self.queries, self.starts)),

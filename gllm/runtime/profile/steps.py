@@ -62,6 +62,13 @@ def decodes(num: int, context: int) -> Mix:
     return Mix(contexts=(context,) * num)
 
 
+def uneven_decodes(num: int, context: int, spread: int) -> Mix:
+    """`num` sequences that decode, their contexts apart by equal steps and by at most `spread` from this mean."""
+    pairs = [spread * (num - 1 - 2 * number) // (num - 1) for number in range(num // 2)]
+    contexts = [context + sign * distance for distance in pairs for sign in (-1, 1)]
+    return Mix(contexts=(*contexts, *(context,) * (num % 2)))
+
+
 def chunks(num: int, start: int, num_tokens: int) -> Mix:
     """`num` equal chunks, no prompt's last."""
     return Mix(chunks=((start, num_tokens),) * num)

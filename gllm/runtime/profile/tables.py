@@ -7,7 +7,7 @@ from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
 from gllm.runtime.profile.grids import BASE_CHUNK
-from gllm.runtime.profile.steps import chunks, decodes
+from gllm.runtime.profile.steps import chunks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -73,7 +73,7 @@ class _Base:
 
 def _decode_attention(grid: Grid, times: Mapping[Mix, Times]) -> Table:
     def row(num: int) -> list[int | None]:
-        found = [times.get(decodes(num, context)) for context in grid.contexts]
+        found = [times.get(grid.attending(num, context)) for context in grid.contexts]
         least = times[grid.decode(num)].layers_ns
         return [None if each is None else each.layers_ns - least for each in found]
 
