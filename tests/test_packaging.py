@@ -61,9 +61,10 @@ def test_the_wheel_holds_our_packages_alone(wheel):
     [
         (sorted((ROOT / "gllm" / "shapes").glob("*.json")), "gllm/shapes/"),
         (sorted((ROOT / "traces" / "samples").glob("*.jsonl")), "gllm_traces/samples/"),
+        (sorted((ROOT / "gllm" / "sim" / "profiles").glob("*.json")), "gllm/sim/profiles/"),
         ([ROOT / "gllm" / "py.typed"], "gllm/"),
     ],
-    ids=["shapes", "samples", "py.typed"],
+    ids=["shapes", "samples", "profiles", "py.typed"],
 )
 def test_the_wheel_holds_the_data(wheel, files, prefix):
     assert files

@@ -347,6 +347,15 @@ def test_transfers_are_of_a_stage_that_waits():
     assert measured(room())[1]["transfer"] is None
 
 
+def test_a_transfer_takes_no_less_than_nothing(monkeypatch):
+    """The stamps of two GPUs are as far apart as their clocks, which may be more than a few bytes' way."""
+    monkeypatch.setitem(globals(), "transfer_ns", lambda num_tokens: num_tokens - 100)
+    _, tables, _ = measured(room(depth=2, max_in_flight=3, graph_sizes=()))
+    curve = as_curve(tables["transfer"], "tokens")
+    assert curve == {num: max(0, num - 100) for num in curve}
+    assert 0 in curve.values()
+
+
 def test_what_does_not_fit_the_cache_is_null():
     small = room(num_blocks=300, graph_sizes=())  # of 16 tokens
     grid, tables, workers = measured(small)

@@ -22,7 +22,7 @@ from gllm.sim.options import split_policies
 SIM_FILES = RUN_FILES - {TRACE_NAME}
 
 PUBLIC = Path(os.environ.get("GLLM_TRACES", Path(__file__).resolve().parents[3] / "shared" / "traces"))
-FAST = ["--model", "qwen3-0.6b", "--pp", "2", "--limit", "20"]
+FAST = ["--model", "qwen3-0.6b", "--pp", "2", "--limit", "20", "--profile", "none"]
 HEADER = "arrived_at,num_prefill_tokens,num_decode_tokens\n"
 
 
@@ -331,7 +331,19 @@ def test_a_closed_pipe_is_quiet():
 
 @pytest.mark.parametrize("command", [["replay"], ["compare", "--policies", "throttle,sarathi"]])
 def test_ctrl_c_is_one_line_and_leaves_nothing(tmp_path, command):
-    words = ["chat", "--model", "qwen3-0.6b", "--repeat", 40, "--rate-scale", 9, "--out", tmp_path / "new"]
+    words = [
+        "chat",
+        "--model",
+        "qwen3-0.6b",
+        "--profile",
+        "none",
+        "--repeat",
+        40,
+        "--rate-scale",
+        9,
+        "--out",
+        tmp_path / "new",
+    ]
     process = python("-m", "gllm.sim", command[0], *words, *command[1:], start_new_session=True)
     while not (tmp_path / "new").exists():
         assert process.poll() is None

@@ -14,7 +14,7 @@ from gllm.sim.compare import Job, mean_rate, run_all
 from gllm.sim.config import SimConfig
 from gllm.trace import TraceOptions
 
-FAST = ["--model", "qwen3-0.6b", "--pp", "2", "--limit", "20"]
+FAST = ["--model", "qwen3-0.6b", "--pp", "2", "--limit", "20", "--profile", "none"]
 TRACE = TraceOptions(source="chat", limit=10).load()
 
 

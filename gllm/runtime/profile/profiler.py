@@ -60,7 +60,7 @@ def measure_tables(
     for num in grid.transfer_tokens:
         found = measure(session, maker, grid.base(num), alone=True).transfer_ns
         assert found is not None, "there is more than one stage"
-        transfer_ns[num] = found
+        transfer_ns[num] = max(0, found)  # shorter than the clocks of two GPUs agree
     if fills_cache:
         _fill(session, maker, grid.room)
     mixes = grid.mixes()
