@@ -22,14 +22,15 @@ class Gpu:
     bandwidth_bytes_per_s: int
     bf16_flop_per_s: int
     link_bytes_per_s: int  # one direction
-    all_reduce_latency_ns: int  # of a few KB over 4 GPUs
+    all_reduce_latency_ns: int  # of a few KB
     send_latency_ns: int  # of a few KB to a neighbour
     source: str
 
 
-# 8 KB over NCCL 2.28 on 4 H200: all-reduce 37 us, send/recv 36 to 42 us. Most of it is launch and handshake, so
-# other NVLink parts are given the same figures; those of PCIe parts are an assumption, not a measurement.
-_NVLINK_ALL_REDUCE_NS, _NVLINK_SEND_NS = 37_000, 40_000
+# 8 KiB on H200s: our all-reduce 4.4 us in a CUDA graph on two (benchmarks/results/all_reduce_nvidia-h200-x2.json; on
+# more nobody has measured it), NCCL 2.28's send/recv 36 to 42 us on four. Most of it is launch and handshake, so other
+# NVLink parts are given the same figures; those of PCIe parts, where NCCL sums, are an assumption, not a measurement.
+_NVLINK_ALL_REDUCE_NS, _NVLINK_SEND_NS = 4_400, 40_000
 _PCIE_ALL_REDUCE_NS, _PCIE_SEND_NS = 50_000, 45_000
 
 
