@@ -22,7 +22,7 @@ from gllm.report.metrics import summarize
 from gllm.report.record_file import write_record
 from gllm.sim.cli import main
 from gllm.sim.cost import batch_work
-from gllm.sim.fidelity.compare import compare
+from gllm.sim.fidelity.compare import Comparison, compare
 from gllm.sim.fidelity.free import run_free
 from gllm.sim.fidelity.metrics import compare_metrics
 from gllm.sim.fidelity.runs import RecordedRun, read_runs, sim_config
@@ -216,6 +216,20 @@ def test_a_device_without_a_data_sheet_needs_a_profile(spread_out, tmp_path):
     assert "cpu has no data sheet" in cost.notes[0]
     with pytest.raises(ValueError, match="its gpu 'cpu' is none that is known"):
         sim_config(run, gpu=None, profile="auto", constants=BASE.constants)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("roofline", "roofline, h200"),
+        ("profile a, 2026-11-23, NVIDIA H200", "profile a, 2026-11-23, NVIDIA H200"),
+        ("profile a, 2026-11-23, cpu", "profile a, 2026-11-23, cpu"),
+        ("profile a, 2026-11-23, NVIDIA H100", "profile a, 2026-11-23, NVIDIA H100, h200"),
+    ],
+)
+def test_a_gpu_is_named_unless_the_profile_names_it(model, said):
+    found = SimpleNamespace(cost={"cost_model": model, "gpu": "h200"})
+    assert Comparison.simulated_with.fget(found) == said
 
 
 def test_decisions_that_follow_other_times_are_counted(capsys, spread_out):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from gllm.gpu_names import gpu_name
 from gllm.report.metrics import plain, summarize
 from gllm.sim.calibration import calibrate
 from gllm.sim.fidelity.decisions import inject
@@ -65,6 +66,13 @@ class Comparison:
         """Whether decisions are equal wherever they must be, and no metric fails."""
         decisions = self.queued.is_equal is not False and all(each.is_equal for each in self.injected)
         return decisions and all(metric.passes is not False for metric in self.metrics)
+
+    @property
+    def simulated_with(self) -> str:
+        """The cost model, and its GPU unless that is the device of a profile's times."""
+        model, gpu = self.cost["cost_model"], self.cost["gpu"]
+        _, comma, device = model.rpartition(", ")
+        return model if comma and gpu_name(device) in {gpu, None} else f"{model}, {gpu}"
 
     @property
     def num_inside(self) -> tuple[int, int]:

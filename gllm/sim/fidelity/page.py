@@ -24,7 +24,7 @@ def fidelity_page(found: Comparison) -> str:
     """The whole page."""
     facts = headline(found.runs[0].summary)
     name = facts.pop("model", "gLLM run")
-    facts |= {"simulated with": f"{found.cost['cost_model']}, {found.cost['gpu']}"}
+    facts |= {"simulated with": found.simulated_with}
     runs = {"measured": found.runs[0].record, "simulated": found.record}
     body = [
         header("fidelity", f"{name}, measured and simulated", facts),

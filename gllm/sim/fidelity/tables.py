@@ -31,7 +31,7 @@ def summary_lines(found: Comparison) -> Iterator[str]:
     """What was compared, and what came of the decisions."""
     config = found.runs[0].record.config
     yield f"{found.runs[0].folder}: {config.get('model')} on {config.get('gpus')}, {config.get('policy')}"
-    yield f"simulated with {found.cost['cost_model']}, {found.cost['gpu']}"
+    yield f"simulated with {found.simulated_with}"
     yield from decision_lines(found)
     failed = [metric.label for metric in found.metrics if metric.passes is False]
     yield f"outside the bar: {'; '.join(failed)}" if failed else "every metric that is judged is within its bar"
