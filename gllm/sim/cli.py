@@ -60,7 +60,7 @@ def _add_replay(commands: Commands) -> None:
         nargs="?",
         const=DEFAULT_REPLICAS,
         metavar="N",
-        help="also say where each measure is expected in 9 of 10 cases: by N more runs (default: "
+        help="(after TRACE) also say where each measure is expected in 9 of 10 cases: by N more runs (default: "
         f"{DEFAULT_REPLICAS}), drawn with --seed, off as the profile's own checks are",
     )
     add_jobs(group, "of these runs")

@@ -57,9 +57,9 @@ def traffic(limits, max_tokens, seed):
         decoding += ended
 
 
-def missed(folder, layout):
+def missed(folder, layout, options):
     """What traffic launches and the first steps do not."""
-    config = RuntimeConfig(model=folder, parallel=Parallel(**json.loads(layout)))
+    config = RuntimeConfig(model=folder, parallel=Parallel(**json.loads(layout)), **json.loads(options))
     model = config.check()
     found = []
     compile_ahead.divert_launches(lambda kernel, told: found.append((kernel.fn.__name__, told)), arch=90)

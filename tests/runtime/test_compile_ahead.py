@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,16 +61,17 @@ def diverted(*arguments, **environment):
 
 
 @pytest.mark.parametrize(
-    ("config", "layout", "kernels"),
+    ("config", "layout", "options", "kernels"),
     [
-        (DENSE, {}, {"_silu_and_mul_kernel"}),
-        (SPARSE, {"pp": 2, "tp": 2, "ep": 2}, {"_silu_and_mul_kernel", "_product_kernel", "_all_reduce_kernel"}),
+        (DENSE, {}, {}, {"_silu_and_mul_kernel"}),
+        (DENSE, {"pp": 2}, {"max_num_seqs": 2}, {"_silu_and_mul_kernel"}),
+        (SPARSE, {"pp": 2, "tp": 2, "ep": 2}, {}, {"_silu_and_mul_kernel", "_product_kernel", "_all_reduce_kernel"}),
     ],
-    ids=["dense", "sparse"],
+    ids=["dense", "few slots", "sparse"],
 )
-def test_the_first_steps_launch_all_that_traffic_launches(config, layout, kernels, tmp_path):
+def test_the_first_steps_launch_all_that_traffic_launches(config, layout, options, kernels, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
-    found = diverted("missed", str(tmp_path), json.dumps(layout))
+    found = diverted("missed", str(tmp_path), json.dumps(layout), json.dumps(options))
     assert set(found["first"]) >= COMMON | kernels
     assert found["missed"] == []
 
@@ -77,6 +79,26 @@ def test_the_first_steps_launch_all_that_traffic_launches(config, layout, kernel
 def test_a_launch_finds_in_tritons_cache_what_was_compiled_for_it(tmp_path):
     found = diverted("hits", TRITON_CACHE_DIR=str(tmp_path))
     assert found == {"_rms_norm_kernel": True, "_silu_and_mul_kernel": True, "_floor_of_row": True}
+
+
+def test_a_mark_is_of_a_model_its_options_and_a_gpu(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(DENSE))
+    config = RuntimeConfig(model=str(tmp_path))
+    mark = compile_ahead.mark_of(config, arch=90)
+    assert mark == compile_ahead.mark_of(RuntimeConfig(model=str(tmp_path)), arch=90)
+    others = {compile_ahead.mark_of(config, arch=80), compile_ahead.mark_of(replace(config, block_size=32), arch=90)}
+    (tmp_path / "config.json").write_text(json.dumps(DENSE | {"intermediate_size": 1024}))
+    others.add(compile_ahead.mark_of(config, arch=90))
+    assert len(others - {mark}) == 3
+
+
+def test_without_processes_to_be_had_nothing_is_compiled(monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(compile_ahead.multiprocessing.get_context("fork"), "Pipe", refuse)
+    compile_ahead.compile_ahead(RuntimeConfig(model="nowhere")).wait()
 
 
 def test_without_gpus_nothing_is_compiled():

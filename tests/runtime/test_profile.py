@@ -19,7 +19,7 @@ from gllm.runtime.config import RuntimeConfig
 from gllm.runtime.messages import StageTime, StepDone, decode_order, encode
 from gllm.runtime.profile import command, profiler
 from gllm.runtime.profile.command import gist
-from gllm.runtime.profile.grids import BASE_CHUNK, MOST_EACH, Room, make_grid
+from gllm.runtime.profile.grids import BASE_CHUNK, MOST_EACH, Room, make_grid, random_mixes
 from gllm.runtime.profile.host import host_times
 from gllm.runtime.profile.session import Session
 from gllm.runtime.profile.steps import DRIFT, MAX_REPEATS, Mix, StepMaker, uneven_decodes
@@ -566,6 +566,13 @@ def test_mistakes_are_told_before_anything_starts(args, said, tmp_path, monkeypa
     assert (status, len(lines)) == (2, 1)
     assert said in lines[0]
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_cache_too_small_for_a_kind_of_step_has_no_checks_of_it():
+    """With these limits a step beyond the graphs would need four full sequences and one that decodes."""
+    small = room(num_blocks=5, block_size=64, max_num_seqs=600, max_model_len=64, token_graph_sizes=(128, 256))
+    kinds = [check.num_tokens > 256 for check in random_mixes(small, num=6, seed=0)]
+    assert False in kinds
 
 
 @pytest.mark.parametrize("num", [1, 2, 3, 16, 255])

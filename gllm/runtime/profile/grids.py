@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import cycle, islice, product
 from typing import TYPE_CHECKING
 
 from gllm.runtime.profile.steps import DRIFT, Mix, chunks, decodes, mixed, prompts, uneven_decodes
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 BASE_CHUNK = 64
 MOST_EACH = 16
 """Equal chunks of one step, at most."""
+
+_MOST_TRIES = 1000  # to find a step of one kind: in a small cache there may be none
 
 _BEYOND_STEP = 128  # between decode batches beyond the largest graph
 _CONTEXTS = (16, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -233,14 +235,15 @@ def random_mixes(room: Room, *, num: int, seed: int) -> tuple[Mix, ...]:
     within, beyond = (1, largest), (largest + 1, room.max_tokens)
     kinds = [(0, room.max_tokens), within, beyond if largest < room.max_tokens else within]
     found: list[Mix] = []
-    while len(found) < num:
-        least, most = kinds[len(found) % len(kinds)]
-        mix = _random_mix(room, generator, with_chunks=least > 0, most=most)
-        if mix.num_tokens < least:
-            more = prompts(generator.randint(least, most) - mix.num_tokens, longest)
-            mix = replace(mix, chunks=more.chunks + mix.chunks)
-        if mix.num_tokens <= most and room.fits(mix):
-            found.append(mix)
+    for least, most in islice(cycle(kinds), num):
+        for _ in range(_MOST_TRIES):
+            mix = _random_mix(room, generator, with_chunks=least > 0, most=most)
+            if mix.num_tokens < least:
+                more = prompts(generator.randint(least, most) - mix.num_tokens, longest)
+                mix = replace(mix, chunks=more.chunks + mix.chunks)
+            if mix.num_tokens <= most and room.fits(mix):
+                found.append(mix)
+                break
     return tuple(found)
 
 

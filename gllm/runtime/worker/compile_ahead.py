@@ -3,24 +3,28 @@
 The launcher forks one process for it. That one takes a stage's first steps on a device without memory (`first_steps`),
 where kernels are launched as the workers will launch them; Triton, asked for a variant of a kernel that is new, calls
 a hook instead, which forks a process that compiles it and ends. The workers wait for all of these just before they
-compute for the first time.
+take their own first steps. A file in the cache says that all this was done, and need not be done again.
 
 Nothing depends on it: what fails here is compiled by the workers, as if nobody had tried.
 """
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import signal
 import threading
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import gllm_kernels
 import torch
 from gllm_kernels.jit import HAS_TRITON
 
+import gllm.runtime
 from gllm.runtime.worker.first_steps import take_first_steps
 from gllm.runtime.worker.worker import end_with_parent
 
@@ -60,9 +64,13 @@ def compile_ahead(config: RuntimeConfig) -> Ahead:
     if not HAS_TRITON or config.device == "cpu" or not torch.cuda.is_available():
         return Ahead()
     context = multiprocessing.get_context("fork")
-    ended, working = context.Pipe(duplex=False)
-    # Every process that compiles inherits that end. A daemon: it ends with the launcher.
-    context.Process(target=_run, args=(config, os.getpid(), working), daemon=True, name="compile-ahead").start()
+    try:
+        ended, working = context.Pipe(duplex=False)
+        # Every process that compiles inherits that end. A daemon: it ends with the launcher.
+        context.Process(target=_run, args=(config, os.getpid(), working), daemon=True, name="compile-ahead").start()
+    except OSError as error:  # no more processes or files
+        _tell(error)
+        return Ahead()
     working.close()
     return Ahead(ended)
 
@@ -82,10 +90,25 @@ def _run(config: RuntimeConfig, launcher: int, _working: Connection) -> None:
     _silence()
     try:
         device = torch.cuda.get_device_properties(0)  # makes no context
-        compile_first_steps(config, arch=10 * device.major + device.minor)
+        arch = 10 * device.major + device.minor
+        mark = mark_of(config, arch=arch)
+        if not mark.exists():
+            compile_first_steps(config, arch=arch)
+            mark.touch()
     except Exception as error:  # noqa: BLE001 - whatever it is, workers compile for themselves
         _tell(error)
     os._exit(0)
+
+
+def mark_of(config: RuntimeConfig, *, arch: int) -> Path:
+    """The file in Triton's cache that says that everything was compiled for this model, these options and this code."""
+    import triton  # noqa: PLC0415 - Triton may not be installed
+
+    told = hashlib.sha256(repr((config, config.check(), arch, triton.__version__, torch.__version__)).encode())
+    for folder in (Path(gllm.runtime.__file__).parent, Path(gllm_kernels.__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            told.update(path.read_bytes())
+    return Path(triton.knobs.cache.dir, f"gllm-{told.hexdigest()[:32]}")
 
 
 def _silence() -> None:

@@ -45,7 +45,7 @@ def take_first_steps(config: RuntimeConfig) -> None:
             stage.rehearse(max_tokens)
             if config.cuda_graphs:
                 stage.capture(max_tokens)
-            for step in first_steps(config.block_size, limits.max_model_len):
+            for step in first_steps(config.block_size, limits.max_model_len, limits.max_num_seqs):
                 stage.run(step)
 
 
@@ -124,20 +124,22 @@ def make_stage(config: RuntimeConfig, model: ModelConfig, shard: Shard) -> Stage
         ),
         stage=0,
         limits=config.limits(_MANY_BLOCKS),
-        backend="triton",  # decodes are its own kernels' with flash-attn, too
+        backend="triton" if config.attention_backend == "auto" else config.attention_backend,
         report=lambda _: None,
         keeps_time=False,
     )
 
 
-def first_steps(block_size: int, max_model_len: int) -> Iterator[Step]:
-    """Prompts, decodes, and both; a row that only has a temperature, and one whose choices are filtered."""
+def first_steps(block_size: int, max_model_len: int, max_num_seqs: int) -> Iterator[Step]:
+    """Prompts, decodes, and both, as far as there are slots; plain rows, and one whose choices are filtered."""
     plain, filtered = SamplingParams(), SamplingParams(top_p=0.9)
-    length = min(4 * block_size, max_model_len - 1)
+    length = max(2, min(4 * block_size, max_model_len - 1))
+    last = max_num_seqs - 1
     yield _step(0, prompts=[(0, length, plain)], block_size=block_size)
-    yield _step(1, prompts=[(1, length - 1, filtered)], decodes=[0], block_size=block_size)
-    yield _step(2, decodes=[0, 1], block_size=block_size)
-    yield _step(3, prompts=[(2, length, plain), (3, length - 1, plain)], decodes=[0, 1], block_size=block_size)
+    yield _step(1, prompts=[(min(1, last), length - 1, filtered)], decodes=[0] if last else [], block_size=block_size)
+    yield _step(2, decodes=[0, 1][: last + 1], block_size=block_size)
+    if last >= 3:
+        yield _step(3, prompts=[(2, length, plain), (3, length - 1, plain)], decodes=[0, 1], block_size=block_size)
 
 
 def _step(

@@ -1,6 +1,6 @@
 """What fits into a rank's memory: its weights, looked at before any is read, and cache blocks in what is left.
 
-On a GPU the largest step is computed once, and what it takes is measured.
+On a GPU the largest step is computed once, and the largest that is captured with chunks; what they take is measured.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CPU_CACHE_BYTES = _GIB
 MAX_SAMPLED = 512  # rows whose logits exist at once
 
 GRAPH_BYTES = _GIB // 2
-"""For CUDA graphs, which are captured when the cache is there: their kernels, and one decode step's activations."""
+"""For CUDA graphs, which are captured when the cache is there: their kernels, tables, and decode steps' activations."""
 
 
 def weight_bytes(shape: ModelShape, shard: Shard, itemsize: int) -> int:

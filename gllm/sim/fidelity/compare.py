@@ -134,9 +134,9 @@ def compare(
     injected += [inject(run.folder, run.recording) for run in runs[1:]]
     record = run_free(first, setup.cost, log_path)
     summary = summarize(record, slo_ttft_s=None, slo_tpot_s=None)
+    described = setup.to_json()  # now that the cost model has seen all micro-batches, and not yet those of replicas
     intervals = _intervals(first, setup, num_replicas, num_processes, quiet=quiet)
     measures = None if intervals is None else intervals.measures
-    described = setup.to_json()  # now that the cost model has seen all micro-batches
     return Comparison(
         runs=runs,
         record=record,
