@@ -28,9 +28,13 @@ except ModuleNotFoundError:
     tl: Any = SimpleNamespace(constexpr=None)  # type: ignore[no-redef]
 
 
+META_RUNS_TRITON = False
+"""Whether the meta device stands for a GPU: for who only wants to know what would be launched."""
+
+
 def runs_triton(tensor: Tensor) -> bool:
-    """Whether an operation on this tensor is a Triton kernel's; on the meta device, too, where none can run."""
-    return HAS_TRITON and not tensor.is_cpu
+    """Whether an operation on this tensor is a Triton kernel's."""
+    return HAS_TRITON and (tensor.is_cuda or (META_RUNS_TRITON and tensor.is_meta))
 
 
 @lru_cache

@@ -6,7 +6,7 @@ import signal
 import time
 
 import pytest
-from runtime.servers import SLACK_S, SOON_S, Command, InFlight, Serving, free_port, until
+from runtime.servers import DEADLINE_S, SLACK_S, SOON_S, Command, InFlight, Serving, free_port, until
 
 ALONE = {"prompt": "Sort: 5 3 9", "max_tokens": 12, "temperature": 0}
 
@@ -42,7 +42,7 @@ def test_two_nodes_answer_and_a_good_end_is_one_for_both(layout, first):
 def test_a_worker_of_the_other_node_dies():
     with two_nodes("--pp", 2) as (serving, working):
         flying = InFlight(serving, stream=True)
-        until(lambda: serving.running() == 1)
+        assert flying.begun.wait(DEADLINE_S)  # its stream, whose end is an event then
         start_s = time.monotonic()
         working.kill("worker")
         status, error = flying.error()

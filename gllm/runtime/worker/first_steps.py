@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from gllm_kernels import jit
 from gllm_kernels.all_reduce import MAX_RANKS, Peers, all_reduce, make_peers, takes
 
 from gllm.policy import parse_policy
@@ -58,6 +59,7 @@ class _NoGraph:
 
 _make, _from_numpy = torch.tensor, torch.from_numpy
 _STAND_INS: tuple[tuple[Any, str, object], ...] = (
+    (jit, "META_RUNS_TRITON", True),
     (torch, "tensor", lambda *args, **options: _make(*args, **options).to(META)),  # the host's are there at once
     (torch, "from_numpy", lambda array: _from_numpy(array).to(META)),
     (torch.cuda, "synchronize", lambda *_: None),
