@@ -22,7 +22,7 @@ from gllm.console.terminal import say, say_table
 from gllm.gpu_names import gpu_name
 from gllm.runtime.options import runtime_config
 from gllm.runtime.versions import versions
-from gllm.runtime.worker.graph_sizes import graph_sizes, token_graph_sizes
+from gllm.runtime.worker.graph_sizes import graph_sizes, has_token_graphs, token_graph_sizes
 
 if TYPE_CHECKING:
     from argparse import Namespace
@@ -113,12 +113,12 @@ def room(config: RuntimeConfig, shape: ModelShape, limits: Limits, device: str) 
     max_tokens = parse_policy(config.policy).max_batch_tokens(limits)
     if device == "cpu" or not config.cuda_graphs:
         return Room(limits=limits, max_tokens=max_tokens)
-    has_token_graphs = _attention_backend(config, device) == "triton"
+    is_captured = has_token_graphs(_attention_backend(config, device))
     return Room(
         limits=limits,
         max_tokens=max_tokens,
         graph_sizes=tuple(graph_sizes(limits.max_num_seqs)),
-        token_graph_sizes=tuple(token_graph_sizes(max_tokens, shape, config.parallel.tp)) if has_token_graphs else (),
+        token_graph_sizes=tuple(token_graph_sizes(max_tokens, shape, config.parallel.tp)) if is_captured else (),
     )
 
 

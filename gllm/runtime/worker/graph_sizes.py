@@ -26,6 +26,11 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     return [*(size for size in sizes if size < largest), largest]
 
 
+def has_token_graphs(backend: str) -> bool:
+    """Whether steps with chunks are captured: flash-attn's launches need their lengths on the host."""
+    return backend == "triton"
+
+
 def token_graph_sizes(max_batch_tokens: int, shape: ModelShape, tp: int = 1) -> list[int]:
     """Tokens of steps with chunks worth a graph.
 

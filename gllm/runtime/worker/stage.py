@@ -21,7 +21,7 @@ from gllm.runtime.attention_batch import AttentionBatch, KVCache, allocate_cache
 from gllm.runtime.messages import StageTime, StepDone
 from gllm.runtime.worker.arrival import Arrival
 from gllm.runtime.worker.clock import StageClock
-from gllm.runtime.worker.graph_sizes import graph_sizes, token_graph_sizes
+from gllm.runtime.worker.graph_sizes import graph_sizes, has_token_graphs, token_graph_sizes
 from gllm.runtime.worker.graphs import DecodeGraphs, GraphPool, TokenGraphs
 from gllm.runtime.worker.inputs import SlotTable
 from gllm.runtime.worker.memory import MAX_SAMPLED
@@ -44,11 +44,6 @@ if TYPE_CHECKING:
     from gllm.runtime.worker.inputs import Work
 
     Later = Callable[[Callable[[], Report]], None]
-
-
-def has_token_graphs(backend: str) -> bool:
-    """Whether steps with chunks are captured: flash-attn's launches need their lengths on the host."""
-    return backend == "triton"
 
 
 class _Awaited(NamedTuple):

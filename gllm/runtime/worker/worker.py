@@ -34,11 +34,11 @@ from gllm.runtime.messages import (
 )
 from gllm.runtime.models import MODELS
 from gllm.runtime.weights import fill_with_dummy_weights, load_weights
-from gllm.runtime.worker.graph_sizes import token_graph_sizes
+from gllm.runtime.worker.graph_sizes import has_token_graphs, token_graph_sizes
 from gllm.runtime.worker.groups import connect
 from gllm.runtime.worker.memory import check_weights, measure_peak, room_for_blocks
 from gllm.runtime.worker.outbox import Outbox
-from gllm.runtime.worker.stage import Stage, has_token_graphs
+from gllm.runtime.worker.stage import Stage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
