@@ -58,9 +58,9 @@ every p99: 4 %) or by twice the spread. Intervals are 90 % prediction intervals,
 """
 
 CAUSES = """\
-- Groups `qwen3-8b_to640` are the first three runs, of an earlier build and its own profile: steps of more than 640 tokens
-  were no CUDA graphs, so that the host decided how long those of 641 to 1,100 took, and the profile's decodes attended
-  to equal contexts. The build is f9ebb29 with uncommitted work on profiles and first starts.
+- Groups `qwen3-8b_to640` are the first three runs, of an earlier build and its own profile: steps of more than 640
+  tokens were no CUDA graphs, so that the host decided how long those of 641 to 1,100 took, and the profile's decodes
+  attended to equal contexts. The build is f9ebb29 with uncommitted work on profiles and first starts.
 - One GPU: in steps bound by compute it ran at its limit of 700 W, at SM clocks of 1.5-1.65 GHz under sustained prompts
   and 1.98 GHz otherwise. A profile of short bursts does not reproduce that: steps of 1,024-1,536 tokens are predicted
   4-5 % too fast, steps of 512-640 tokens up to 12 % too slow (sums over all steps of such a size).
