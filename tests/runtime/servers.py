@@ -108,6 +108,8 @@ class Command:
     def ended(self, timeout_s=DEADLINE_S):
         """The exit status, and its lines on standard error without those that tell how it started."""
         status = self.process.wait(timeout_s)
+        if status == -signal.SIGINT:  # what Python ends with when Ctrl-C hit code that it ran from a string, as imports
+            status = 128 + signal.SIGINT  # do to make dataclasses; a shell shows both alike
         told = ("serving on http://", "cache blocks", "have loaded the model", "have made the cache")
         return status, [line for line in self.err.splitlines() if not any(each in line for each in told)]
 

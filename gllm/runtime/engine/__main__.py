@@ -56,14 +56,15 @@ class Server:
         poller = zmq.Poller()
         for sock in (self._commands, self.workers.router, self.workers.monitor):
             poller.register(sock, zmq.POLLIN)
-        while True:
+        goes_on = True
+        while goes_on:
             ready = dict(poller.poll(self._patience_ms(loop)))
             self.workers.check(disconnected=self.workers.monitor in ready)
             if self.workers.router in ready:
                 self.workers.deliver(loop)
-            if self._commands in ready and not self._take_commands(loop):
-                break
-            loop.run()
+            if self._commands in ready:
+                goes_on = self._take_commands(loop)
+            loop.run()  # before the end, too: a result that came with the order to end is nobody's otherwise
         self._finish(loop, time.monotonic() - start)
 
     @staticmethod
