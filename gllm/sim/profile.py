@@ -16,7 +16,7 @@ from gllm.model_shape import ModelShape
 from gllm.parallel import Parallel
 from gllm.sim.cost import BatchWork, batch_work
 from gllm.sim.gpus import GPUS
-from gllm.sim.profile_fields import AGAIN, MAX_NS, Fields
+from gllm.sim.profile_fields import AGAIN, Fields
 
 if TYPE_CHECKING:
     from gllm.sim.interpolation import Curve, Surface
@@ -49,7 +49,7 @@ class Profile:
     decode: Curve  # by sequences
     decode_attention: Surface  # by sequences, then tokens of context
     tokens: Curve  # by tokens
-    mixed: Curve  # by sequences
+    mixed: Surface  # by sequences, then tokens of context
     prefill_one: Surface  # by tokens of a chunk, then tokens before it
     prefill_each: Surface
     head: Curve  # by rows; `graph_head` where none was measured outside of graphs
@@ -151,7 +151,7 @@ def _profile(top: Fields, name: str) -> Profile:
         decode=top.part("decode").curve("batches"),
         decode_attention=top.part("decode_attention").surface("batches", "contexts", "ns"),
         tokens=_tokens(top.part("tokens"), token_graph_sizes),
-        mixed=top.part("mixed").curve("batches", lowest_ns=-MAX_NS),
+        mixed=top.part("mixed").surface("batches", "contexts", "ns"),
         prefill_one=prefill.surface("queries", "starts", "one_ns"),
         prefill_each=prefill.surface("queries", "starts", "each_ns"),
         head=graph_head if graph_head and top.is_absent("head") else top.part("head").curve("rows"),

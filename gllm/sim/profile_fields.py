@@ -90,9 +90,9 @@ class Fields:
             raise self.wrong(key, "must increase from one to the next")
         return values
 
-    def curve(self, points: str, lowest_ns: int = 0) -> Curve:
+    def curve(self, points: str) -> Curve:
         """The fields `points` and "ns"."""
-        at, ns = self.points(points, 1), self.integers("ns", self.get("ns"), lowest_ns)
+        at, ns = self.points(points, 1), self.integers("ns", self.get("ns"))
         if len(ns) != len(at):
             raise self.wrong("ns", f"has {len(ns)} times for {len(at)} {points}")
         return Curve(at, ns)

@@ -3,7 +3,7 @@
 docs/profile.md has the composition. L layers of a stage, all of the profile's:
 
     decodes alone, n of them     decode(n) + decode_attention(n, context)          by L / all
-    any other, T tokens          tokens(T) + mixed(n) + decode_attention(n, context)
+    any other, T tokens          tokens(T) + decode_attention(n, context) + mixed(n, context)
                                  + prefill_attention(chunks)                       by L / all
     the last stage besides       head(rows)
     between steps of a stage     gap
@@ -74,7 +74,6 @@ class Profiled:
         profile, roofline = self._profile, self._roofline
         self._decode_ns = self._base(profile.decode, profile.graph_sizes, roofline.decode, "decode steps", "sequences")
         self._tokens_ns = self._base(profile.tokens, profile.token_graph_sizes, roofline.tokens, "steps", "tokens")
-        self._mixed_ns = cache(self._curve(profile.mixed, roofline.mixed, "mixed steps", "sequences"))
         self._head_ns = cache(self._rows(profile.head))
         self._graph_head_ns = cache(self._graph_head())
         self._transfer_ns = cache(self._transfer())
@@ -86,6 +85,14 @@ class Profiled:
             is_mean=True,
         )
         self._decode_attention = cache(lambda num_decode: attention.slice(num_decode).times())
+        mixed = Sheet(
+            profile.mixed,
+            lambda num_decode, _: roofline.mixed(num_decode),  # beyond its contexts as at the nearest one
+            self._outside("mixed steps", "sequences"),
+            lambda _: None,
+            is_mean=True,
+        )
+        self._mixed = cache(lambda num_decode: mixed.slice(num_decode).times())
         one, each = (
             Sheet(
                 surface,
@@ -187,7 +194,8 @@ class Profiled:
         """Of all layers: the tokens' share, decodes, prefill attention; and the head."""
         num_decode, decode_ns = work.num_decode_tokens, 0.0
         if num_decode:
-            decode_ns = self._mixed_ns(num_decode) + self._decode_attention(num_decode)(work.decode_context)
+            context = work.decode_context
+            decode_ns = self._mixed(num_decode)(context) + self._decode_attention(num_decode)(context)
         base_ns, head = self._chunked(work.num_prefill_tokens + num_decode)
         head_ns, chunks = head(work.num_sampled), work.chunks
         if len(chunks) == 1:

@@ -95,7 +95,7 @@ def scaled(profile: Profile, source: RooflineParts, target: RooflineParts) -> Pr
             lambda n, mean: target.decode_attention(n, n * mean) / source.decode_attention(n, n * mean),
         ),
         tokens=_scaled_curve(profile.tokens, _ratio(source.tokens, target.tokens)),
-        mixed=_scaled_curve(profile.mixed, _ratio(source.mixed, target.mixed)),
+        mixed=_scaled_surface(profile.mixed, lambda n, _: target.mixed(n) / source.mixed(n)),
         prefill_one=_scaled_surface(profile.prefill_one, attention),
         prefill_each=_scaled_surface(profile.prefill_each, attention),
         head=_scaled_curve(profile.head, head),

@@ -57,8 +57,9 @@ def decode_attention_ns(contexts):
     return 11 * (sum(contexts) - 16 * len(contexts))
 
 
-def mixed_ns(num):
-    return 30_000 + 4_000 * num if num else 0
+def mixed_ns(contexts):
+    """Beside chunks decodes take more, and the more the longer their contexts."""
+    return 30_000 + 4_000 * len(contexts) + decode_attention_ns(contexts) if contexts else 0
 
 
 def head_ns(rows):
@@ -159,7 +160,7 @@ class FakeWorkers:
             gap = "chunked_ns" if sizes and num > sizes[-1] else "decode_ns"
             return decode_ns(num, sizes) + attention, graph_head_ns(num, sizes), GAPS_NS[gap]
         token_sizes = self.token_graph_sizes
-        layers = tokens_ns(mix.num_tokens, token_sizes) + mixed_ns(num) + attention + prefill_ns(mix.chunks)
+        layers = tokens_ns(mix.num_tokens, token_sizes) + mixed_ns(mix.contexts) + attention + prefill_ns(mix.chunks)
         head_sizes = sizes if token_sizes and mix.num_tokens <= token_sizes[-1] else ()
         return layers, graph_head_ns(mix.num_sampled, head_sizes), GAPS_NS["chunked_ns"]
 
@@ -226,7 +227,11 @@ def test_tables_recover_what_steps_cost(name):
     assert (tables["graph_sizes"], tables["token_graph_sizes"]) == (list(sizes), token_sizes_measured)
     assert as_curve(tables["tokens"], "tokens") == {num: tokens_ns(num, token_sizes) for num in grid.tokens}
     assert as_curve(tables["decode"], "batches") == {num: decode_ns(num, sizes) for num in grid.decode_batches}
-    assert as_curve(tables["mixed"], "batches") == {num: mixed_ns(num) for num in grid.mixed_batches}
+    mixed = tables["mixed"]
+    assert (mixed["batches"], mixed["contexts"]) == (list(grid.mixed_batches), list(grid.mixed_contexts))
+    for (row, num), (column, context) in product(enumerate(grid.mixed_batches), enumerate(grid.mixed_contexts)):
+        fits = where.fits(grid.mixed(num, context))
+        assert mixed["ns"][row][column] == (mixed_ns([context] * num) if fits else None), (num, context)
     if grid.head_rows:
         assert as_curve(tables["head"], "rows") == {num: head_ns(num) for num in grid.head_rows}
     else:
@@ -489,7 +494,7 @@ def assert_whole(found, pp, max_tokens):
         assert found[table][points] == expected
         assert len(found[table]["ns"]) == len(expected)
         assert min(found[table]["ns"]) > 0
-    assert found["mixed"]["batches"] == [1, 3]
+    assert (found["mixed"]["batches"], found["mixed"]["contexts"]) == ([1, 3], [16])
     assert found["decode_attention"] == {"batches": [1, 4], "contexts": [16], "ns": [[0], [0]]}
     prefill = found["prefill_attention"]
     queries = [num for num in (1, 256) if num <= min(max_tokens, 256)]

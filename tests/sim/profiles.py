@@ -17,6 +17,7 @@ GRAPHS = [1, 2, 4, 8, 16, 32, 64]
 TOKEN_GRAPHS = [16, 32, 64, 128]
 BATCHES = [1, 2, 8, 32, 64]
 CONTEXTS = [BASE_CONTEXT, 256, 1024, 4096]
+MIXED_CONTEXTS = [BASE_CONTEXT, 1024]
 TOKENS = [*TOKEN_GRAPHS, 129, 160, 256, 512, 1024]  # 160: where the floor of what is beyond graphs ends
 QUERIES = [16, 64, 256, 1024]
 STARTS = [0, 512, 2048]
@@ -38,8 +39,9 @@ def decode_attention(n, context):
     return 3 * n * (context - BASE_CONTEXT)
 
 
-def mixed(n):
-    return 250 * n - 2000  # a little less than nothing for few
+def mixed(n, context):
+    beyond = min(context, MIXED_CONTEXTS[-1]) - BASE_CONTEXT
+    return (250 + beyond) * n - 2000  # a little less than nothing for few
 
 
 def one(query, start):
@@ -80,7 +82,7 @@ def stamped(chunks=(), contexts=(), *, num_sampled, graphs=True):
         size = padded(n) if graphs else n
         return decode(size) + decode_attention(n, mean), graph_head(size) if graphs else head(num_sampled)
     num_tokens = sum(query for _, query in chunks) + n
-    layers = tokens(num_tokens) + (mixed(n) + decode_attention(n, mean) if n else 0)
+    layers = tokens(num_tokens) + (mixed(n, mean) + decode_attention(n, mean) if n else 0)
     alone = max(one(query, start) for start, query in chunks)
     together = sum(each(query, start) for start, query in chunks)
     return layers + (alone if len(chunks) == 1 else max(alone, together)), sampled(num_sampled, num_tokens)
@@ -118,7 +120,7 @@ def contents(**changes):
             "ns": table(decode_attention, BATCHES, CONTEXTS, nulls=[(64, 4096)]),
         },
         "tokens": {"tokens": TOKENS, "ns": [tokens(num) for num in TOKENS]},
-        "mixed": {"batches": BATCHES, "ns": [mixed(n) for n in BATCHES]},
+        "mixed": {"batches": BATCHES, "contexts": MIXED_CONTEXTS, "ns": table(mixed, BATCHES, MIXED_CONTEXTS)},
         "prefill_attention": {
             "queries": QUERIES,
             "starts": STARTS,

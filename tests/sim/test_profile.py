@@ -33,7 +33,7 @@ def test_a_file_is_read_whole(tmp_path):
     assert (read.graph_sizes[-1], read.token_graph_sizes) == (64, (16, 32, 64, 128))
     assert read.tokens.at == (16, 32, 64, 128, 129, 160, 256, 512, 1024)
     assert read.decode_attention.ns[-1][-1] is None
-    assert read.mixed.ns[0] < 0
+    assert read.mixed.ns[0][0] < 0
     assert (read.dispatch_ns, read.return_ns, read.decode_gap_ns, read.chunked_gap_ns) == (11_000, 22_000, 700, 900)
     assert read.transfer is None
     assert read.checks[0].work.num_prefill_tokens == 164
@@ -102,7 +102,8 @@ WRONG = [
     ("tokens.tokens", [0, 64, 80, 256, 512, 1024], "field tokens.tokens holds 0, not a whole number of at least 1"),
     ("tokens.ns", [-1, 2, 3, 4, 5, 6, 7, 8, 9], "field tokens.ns holds -1, not a whole number of at least 0"),
     ("tokens.ns", [None, 2, 3, 4, 5, 6, 7, 8, 9], "field tokens.ns holds None, not a whole number of at least 0"),
-    ("mixed.ns", [1, 2, 3, 4, 10**16], "field mixed.ns holds 10000000000000000, not a whole number of nanoseconds"),
+    ("mixed.ns.0", [1, 10**16], "field mixed.ns holds 10000000000000000, not a whole number of nanoseconds"),
+    ("mixed.contexts", ..., "field mixed.contexts is missing"),
     ("decode_attention.contexts", [16, 16, 20, 30], "field decode_attention.contexts must increase"),
     ("decode_attention.ns", [[0, 1, 2, 3]], "field decode_attention.ns must be one list for each of its 5 batches"),
     ("decode_attention.ns.2", [0, 1, 2], "field decode_attention.ns must have one time for each of its 4 contexts"),

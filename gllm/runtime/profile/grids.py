@@ -23,6 +23,7 @@ _MOST_TRIES = 1000  # to find a step of one kind: in a small cache there may be 
 
 _BEYOND_STEP = 128  # between decode batches beyond the largest graph
 _CONTEXTS = (16, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+_MIXED_CONTEXTS = frozenset((16, 512, 2048, 8192))
 _QUERIES = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _STARTS = (0, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _QUICK_CONTEXTS = (16, 1024)
@@ -76,6 +77,7 @@ class Grid:
     contexts: tuple[int, ...]
     tokens: tuple[int, ...]
     mixed_batches: tuple[int, ...]
+    mixed_contexts: tuple[int, ...]  # some of `contexts`
     head_rows: tuple[int, ...]  # outside of graphs; none where none are
     queries: tuple[int, ...]
     starts: tuple[int, ...]
@@ -96,9 +98,9 @@ class Grid:
         spread = min(context // 2, longest - context)
         return self.decode(num) if context == self.contexts[0] else uneven_decodes(num, context, spread)
 
-    def mixed(self, num: int) -> Mix:
-        """The step behind `mixed`."""
-        return mixed(num, self.contexts[0], BASE_CHUNK)
+    def mixed(self, num: int, context: int) -> Mix:
+        """The step behind `mixed`: the same decodes beside a base chunk."""
+        return replace(self.attending(num, context), chunks=((0, BASE_CHUNK),))
 
     def head(self, num: int) -> Mix:
         """The step behind `head`: with so many decodes, and long enough not to be in a graph."""
@@ -115,7 +117,7 @@ class Grid:
             *(self.base(num) for num in self.tokens),
             *(self.decode(num) for num in self.decode_batches),
             *(self.attending(num, context) for num, context in product(self.batches, self.contexts)),
-            *(self.mixed(num) for num in self.mixed_batches),
+            *(self.mixed(num, context) for num, context in product(self.mixed_batches, self.mixed_contexts)),
             *(self.head(num) for num in self.head_rows),
             *(chunks(1, start, num) for num, start in product(self.queries, self.starts)),
             *(chunks(self.num_each(num, start), start, num) for num, start in product(self.queries, self.starts)),
@@ -151,6 +153,7 @@ def make_grid(room: Room, *, quick: bool = False) -> Grid:
         contexts=contexts,
         tokens=_with_graphs(room.token_graph_sizes, tokens) if room.token_graph_sizes else tuple(tokens),
         mixed_batches=mixed_batches,
+        mixed_contexts=tuple(context for context in contexts if context in _MIXED_CONTEXTS),
         head_rows=_head_rows(room, contexts[0], mixed_batches, batches[-1]),
         queries=queries,
         starts=_up_to(longest - queries[0], _QUICK_STARTS if quick else _STARTS),

@@ -28,6 +28,7 @@ def make_tables(grid: Grid, times: Mapping[Mix, Times], transfer_ns: Mapping[int
         transfer_ns: by tokens; empty with one stage.
     """
     base = _Base(grid, times)
+    attention = _attention_rows(grid, times)
     graph_sizes = [num for num in grid.decode_batches if num in grid.room.graph_sizes]
     return {
         "base_chunk": BASE_CHUNK,
@@ -35,9 +36,9 @@ def make_tables(grid: Grid, times: Mapping[Mix, Times], transfer_ns: Mapping[int
         "graph_sizes": graph_sizes,
         "token_graph_sizes": grid.room.token_graph_sizes,
         "decode": _curve("batches", {num: times[grid.decode(num)].layers_ns for num in grid.decode_batches}),
-        "decode_attention": _decode_attention(grid, times),
+        "decode_attention": {"batches": grid.batches, "contexts": grid.contexts, "ns": list(attention.values())},
         "tokens": _curve("tokens", base.ns),
-        "mixed": _curve("batches", {num: base.beyond(grid.mixed(num)) for num in grid.mixed_batches}),
+        "mixed": _mixed(grid, times, base, attention),
         "prefill_attention": _prefill_attention(grid, base),
         "head": _curve("rows", {num: times[grid.head(num)].head_ns for num in grid.head_rows}) or None,
         "graph_head": _curve("rows", {num: times[grid.decode(num)].head_ns for num in graph_sizes}) or None,
@@ -71,13 +72,36 @@ class _Base:
         return self.ns[left] + (self.ns[right] - self.ns[left]) * (num_tokens - left) // (right - left)
 
 
-def _decode_attention(grid: Grid, times: Mapping[Mix, Times]) -> Table:
+def _attention_rows(grid: Grid, times: Mapping[Mix, Times]) -> dict[int, list[int | None]]:
+    """Of decodes alone: by sequences, what longer contexts take, in their order."""
+
     def row(num: int) -> list[int | None]:
         found = [times.get(grid.attending(num, context)) for context in grid.contexts]
         least = times[grid.decode(num)].layers_ns
         return [None if each is None else each.layers_ns - least for each in found]
 
-    return {"batches": grid.batches, "contexts": grid.contexts, "ns": [row(num) for num in grid.batches]}
+    return {num: row(num) for num in grid.batches}
+
+
+def _mixed(grid: Grid, times: Mapping[Mix, Times], base: _Base, attention: Mapping[int, list[int | None]]) -> Table:
+    def beside(num: int, context: int) -> int | None:
+        alone = _between(attention, num, grid.contexts.index(context))
+        mix = grid.mixed(num, context)
+        return None if alone is None or mix not in times else base.beyond(mix) - alone
+
+    rows = [[beside(num, context) for context in grid.mixed_contexts] for num in grid.mixed_batches]
+    return {"batches": grid.mixed_batches, "contexts": grid.mixed_contexts, "ns": rows}
+
+
+def _between(rows: Mapping[int, list[int | None]], num: int, column: int) -> int | None:
+    """As who reads the table sees it: on the line from one row to the next; None where one has nothing there."""
+    points = list(rows)
+    right = points[bisect_left(points, num)]
+    left = right if right == num else points[bisect_left(points, num) - 1]
+    left_ns, right_ns = rows[left][column], rows[right][column]
+    if left_ns is None or right_ns is None:
+        return None
+    return left_ns + (right_ns - left_ns) * (num - left) // max(right - left, 1)
 
 
 def _prefill_attention(grid: Grid, base: _Base) -> Table:
