@@ -54,15 +54,10 @@ def _add_replay(commands: Commands) -> None:
         "--no-iterations", dest="iterations", action="store_false", help="neither log nor hash the decisions: faster"
     )
     group = parser.add_argument_group("prediction intervals")
-    group.add_argument(
-        "--intervals",
-        type=whole(LEAST_REPLICAS),
-        nargs="?",
-        const=DEFAULT_REPLICAS,
-        metavar="N",
-        help="(after TRACE) also say where each measure is expected in 9 of 10 cases: by N more runs (default: "
-        f"{DEFAULT_REPLICAS}), drawn with --seed, off as the profile's own checks are",
-    )
+    text = "also say where each measure is expected in 9 of 10 cases: by more runs, off as the profile's own checks are"
+    group.add_argument("--intervals", action="store_const", const=DEFAULT_REPLICAS, help=text)
+    text = f"the same by so many more runs (--intervals: {DEFAULT_REPLICAS}); they are drawn with --seed"
+    group.add_argument("--replicas", type=whole(LEAST_REPLICAS), metavar="N", help=text)
     add_jobs(group, "of these runs")
 
 

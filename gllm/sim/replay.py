@@ -99,7 +99,7 @@ def _written(args: Namespace, setup: Setup, calibration: Calibration | None, fol
 
 def _calibration(args: Namespace, setup: Setup) -> Calibration | None:
     """What prediction intervals are taken from; None where none are asked for."""
-    if args.intervals is None:
+    if not (args.intervals or args.replicas):
         return None
     from gllm.sim.intervals import calibration_of  # noqa: PLC0415
 
@@ -116,7 +116,7 @@ def _intervals(args: Namespace, setup: Setup, calibration: Calibration | None, t
         partial(simulated_summary, setup.config, trace),
         setup.cost,
         calibration,
-        num_replicas=args.intervals,
+        num_replicas=args.replicas or args.intervals,
         seed=args.seed,
         num_processes=num_jobs(args),
         quiet=args.quiet,

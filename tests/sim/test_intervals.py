@@ -240,7 +240,7 @@ def test_measured_runs_are_inside_in_about_nine_of_ten_cases(tmp_path, by_step):
 
 def test_replicas_are_the_same_in_any_number_of_processes(capsys, tmp_path):
     with_checks(tmp_path, noise=0.03)
-    words = [*REPLAY, "--profile", str(tmp_path / "machine.json"), "--intervals", "21", "--seed", "3", "--json"]
+    words = [*REPLAY, "--profile", str(tmp_path / "machine.json"), "--replicas", "21", "--seed", "3", "--json"]
     found = []
     for jobs in ("1", "2"):  # later options win
         assert main([*words, "--jobs", jobs]) == 0
@@ -277,7 +277,7 @@ def test_a_replay_with_intervals(capsys, tmp_path, monkeypatch):
     assert "intervals" not in plain
     assert not re.search("90% intervals|from ", plain_text)
     assert 'class="bounds"' not in plain_page
-    assert main([*words, "--intervals"]) == 0
+    assert main([words[0], "--intervals", *words[1:]]) == 0  # before TRACE, too
     text, report = capsys.readouterr().out, json.loads((out / "report.json").read_text())
     found = report.pop("intervals")
     assert {**report, "wall_s": 0} == {**plain, "wall_s": 0}  # the run itself is what it was
@@ -315,7 +315,7 @@ def test_bounds_of_a_summary():
     [
         (["--profile", "none", "--intervals"], "a roofline has no measured steps to take them from; name a profile"),
         (["--profile", "FILE", "--intervals"], r"profile formula holds 2 steps measured as a check, of which 4 are"),
-        (["--profile", "none", "--intervals", "18"], "'18' is not a whole number of at least 19"),
+        (["--profile", "none", "--replicas", "18"], "'18' is not a whole number of at least 19"),
     ],
 )
 def test_where_there_is_nothing_to_take_them_from(capsys, tmp_path, words, complaint):
@@ -326,7 +326,7 @@ def test_where_there_is_nothing_to_take_them_from(capsys, tmp_path, words, compl
         status = end.code
     out, err = capsys.readouterr()
     assert (status, out) == (2, "")
-    assert re.fullmatch(rf"gllm: error: .*--intervals: {complaint}.*\n", err)
+    assert re.fullmatch(rf"gllm: error: .*--(intervals|replicas): {complaint}.*\n", err)
 
 
 @pytest.fixture
