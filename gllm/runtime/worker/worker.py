@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.synchronize import Barrier
 
+    from gllm.core import Limits
     from gllm.runtime.config import RuntimeConfig
     from gllm.runtime.messages import Order, Report
     from gllm.runtime.model_config import ModelConfig
@@ -193,7 +194,7 @@ class Worker:
         model = config.check()
         longest = config.max_model_len or model.max_position_embeddings
         self._limits = config.limits(num_blocks=-(-longest // config.block_size))  # until the engine says how many
-        self._max_tokens = parse_policy(config.policy).max_batch_tokens(self._limits)
+        self._policy = parse_policy(config.policy)
         if device.type == "cpu":
             torch.set_num_threads(num_threads(model, config.num_local_workers))
         shard, self._neighbours = connect(config.parallel, model.shape, rank, device, self._limits.max_in_flight)
@@ -222,10 +223,11 @@ class Worker:
         """What the largest step takes on a GPU; computing it also compiles its kernels."""
         if device.type == "cpu":
             return 0
-        stage = self._make_stage(num_blocks=1)
-        peak = measure_peak(lambda: stage.rehearse(self._max_tokens), device)
+        stage = self._make_stage(replace(self._limits, num_blocks=1))
+        max_tokens = self._policy.max_batch_tokens(self._limits)
+        peak = measure_peak(lambda: stage.rehearse(max_tokens), device)
         if self._config.cuda_graphs and has_token_graphs(self._backend):  # their memory is a pool of its own
-            largest = token_graph_sizes(self._max_tokens, self._model.config.shape, self._config.parallel.tp)[-1]
+            largest = token_graph_sizes(max_tokens, self._model.config.shape, self._config.parallel.tp)[-1]
             peak += measure_peak(lambda: stage.rehearse(largest), device)
         return peak
 
@@ -247,18 +249,20 @@ class Worker:
                 return
 
     def _allocate(self, num_blocks: int) -> None:
-        self._stage = self._make_stage(num_blocks)
+        limits = replace(self._limits, num_blocks=num_blocks)
+        self._stage = self._make_stage(limits)
         if self._model.device.type == "cuda" and self._config.cuda_graphs:
-            self._stage.capture(self._max_tokens)
+            # In a small cache the largest step may be smaller than the one that memory was set aside for.
+            self._stage.capture(self._policy.max_batch_tokens(limits))
         self._report(Allocated(self._rank))
 
-    def _make_stage(self, num_blocks: int) -> Stage:
+    def _make_stage(self, limits: Limits) -> Stage:
         stage, tp_rank = divmod(self._rank, self._config.parallel.tp)
         return Stage(
             self._model,
             self._neighbours,
             stage=stage,
-            limits=replace(self._limits, num_blocks=num_blocks),
+            limits=limits,
             backend=self._backend,
             report=self._later if tp_rank == 0 else None,
             keeps_time=self._config.record is not None,
