@@ -8,7 +8,7 @@ docs/profile.md has the composition. L layers of a stage, all of the profile's:
     the last stage besides       head(rows)
     between steps of a stage     gap
 
-Where a step is a CUDA graph, decode(n), tokens(T) and the head behind it are of the next captured size. Beyond its
+Where a step is a CUDA graph, decode(n) and tokens(T) are of the next captured size, and so is the head. Beyond its
 tables a part goes on as the roofline does, scaled to the nearest measured point; `Profiled.notes` says which did.
 """
 
@@ -73,9 +73,10 @@ class Profiled:
         """Each count's cost is computed once; counts are bounded by the batch size."""
         profile, roofline = self._profile, self._roofline
         self._decode_ns = self._base(profile.decode, profile.graph_sizes, roofline.decode, "decode steps", "sequences")
-        self._tokens_ns = self._base(profile.tokens, profile.token_graph_sizes, roofline.tokens, "steps", "tokens")
-        self._head_ns = cache(self._rows(profile.head))
-        self._graph_head_ns = cache(self._graph_head())
+        self._tokens_ns = cache(
+            self._base(profile.tokens, profile.token_graph_sizes, roofline.tokens, "steps", "tokens")
+        )
+        self._head_ns = cache(self._head())
         self._transfer_ns = cache(self._transfer())
         attention = Sheet(
             profile.decode_attention,
@@ -105,7 +106,6 @@ class Profiled:
         self._alone_ns = cache(lambda num_tokens: one.slice(num_tokens).times())
         self._alone_and_each_ns = cache(lambda num_tokens: two_times(one.slice(num_tokens), each.slice(num_tokens)))
         self._decode = cache(self._decode_step)
-        self._chunked = cache(self._chunked_step)
 
     def _on_gpu(
         self, profile: Profile, shape: ModelShape, gpu: Gpu, parallel: Parallel, constants: RooflineConstants
@@ -159,23 +159,16 @@ class Profiled:
         time_ns = self._curve(curve, figure, "transfers", "tokens")
         return lambda num_tokens: int(time_ns(num_tokens))
 
-    def _graph_head(self) -> Callable[[int], int]:
-        """Of a step in a graph, by rows: a graph of its own, as far as the sizes of decode steps reach."""
-        curve, sizes, eager_ns = self._profile.graph_head, self._profile.graph_sizes, self._head_ns
+    def _head(self) -> Callable[[int], int]:
+        """By rows: a graph of its own behind any step, as far as the sizes of decode steps reach."""
+        curve, sizes, eager_ns = self._profile.graph_head, self._profile.graph_sizes, self._rows(self._profile.head)
         if curve is None or not sizes:
             return eager_ns
         graph_ns = self._rows(curve)
         return lambda num_rows: graph_ns(_padded(num_rows, sizes)) if 0 < num_rows <= sizes[-1] else eager_ns(num_rows)
 
     def _decode_step(self, num_decode: int) -> _DecodeStep:
-        return _DecodeStep(
-            self._decode_ns(num_decode), self._decode_attention(num_decode), self._graph_head_ns(num_decode)
-        )
-
-    def _chunked_step(self, num_tokens: int) -> _ChunkedStep:
-        sizes = self._profile.token_graph_sizes
-        in_graph = sizes and num_tokens <= sizes[-1]
-        return _ChunkedStep(self._tokens_ns(num_tokens), self._graph_head_ns if in_graph else self._head_ns)
+        return _DecodeStep(self._decode_ns(num_decode), self._decode_attention(num_decode), self._head_ns(num_decode))
 
     def stage_ns(self, work: Work) -> list[int]:
         """How long each stage computes."""
@@ -196,8 +189,8 @@ class Profiled:
         if num_decode:
             context = work.decode_context
             decode_ns = self._mixed(num_decode)(context) + self._decode_attention(num_decode)(context)
-        base_ns, head = self._chunked(work.num_prefill_tokens + num_decode)
-        head_ns, chunks = head(work.num_sampled), work.chunks
+        base_ns = self._tokens_ns(work.num_prefill_tokens + num_decode)
+        head_ns, chunks = self._head_ns(work.num_sampled), work.chunks
         if len(chunks) == 1:
             return base_ns, decode_ns, self._alone_ns(chunks[0].num_tokens)(chunks[0].start), head_ns
         times_ns = self._alone_and_each_ns
@@ -242,13 +235,6 @@ class _DecodeStep(NamedTuple):
     base_ns: float
     attention_ns: Callable[[int], float]
     head_ns: int
-
-
-class _ChunkedStep(NamedTuple):
-    """A step of some number of tokens, chunks among them; its head by rows."""
-
-    base_ns: float
-    head_ns: Callable[[int], int]
 
 
 def _padded(num: int, sizes: Sequence[int]) -> int:

@@ -68,11 +68,11 @@ def padded(n, sizes=GRAPHS):
     return next(size for size in sizes if size >= n)
 
 
-def sampled(rows, num_tokens):
-    """The head of a step of so many tokens, chunks among them."""
+def sampled(rows):
+    """The head of a step with chunks."""
     if not rows:
         return 0
-    return head(rows) if num_tokens > TOKEN_GRAPHS[-1] or rows > GRAPHS[-1] else graph_head(padded(rows))
+    return head(rows) if rows > GRAPHS[-1] else graph_head(padded(rows))
 
 
 def stamped(chunks=(), contexts=(), *, num_sampled, graphs=True):
@@ -85,7 +85,7 @@ def stamped(chunks=(), contexts=(), *, num_sampled, graphs=True):
     layers = tokens(num_tokens) + (mixed(n, mean) + decode_attention(n, mean) if n else 0)
     alone = max(one(query, start) for start, query in chunks)
     together = sum(each(query, start) for start, query in chunks)
-    return layers + (alone if len(chunks) == 1 else max(alone, together)), sampled(num_sampled, num_tokens)
+    return layers + (alone if len(chunks) == 1 else max(alone, together)), sampled(num_sampled)
 
 
 def table(formula, rows, columns, nulls=()):

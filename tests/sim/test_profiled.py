@@ -142,12 +142,12 @@ def test_chunks_are_padded_by_hand_and_launched_one_by_one_beyond_the_largest_gr
         (128, 9, 5000 + 1600),  # a graph's, of 16 rows
         (128, 64, 5000 + 6400),
         (128, 65, 10_000 + 6500),  # more rows than any
-        (129, 9, 10_000 + 900),  # behind a step that is none
+        (129, 9, 5000 + 1600),  # behind a step that is none, too
         (128, 0, 0),
         (129, 0, 0),
     ],
 )
-def test_a_head_is_of_a_graph_where_its_step_is(folder, num_tokens, num_rows, expected):
+def test_a_head_is_a_graph_as_far_as_there_are_any(folder, num_tokens, num_rows, expected):
     cost = model(folder, contents(head={"rows": [1, 100], "ns": [10_100, 20_000]}))
     work = step([(0, 64), (0, num_tokens - 64)], num_sampled=num_rows)
     assert cost.components(work)["head"] == [expected]
@@ -159,7 +159,9 @@ def test_a_head_is_of_a_graph_where_its_step_is(folder, num_tokens, num_rows, ex
 
 def test_where_no_head_was_measured_outside_of_graphs_it_is_theirs(folder):
     cost = model(folder, contents(head=None))
-    assert cost.components(step([(0, 300)], num_sampled=12))["head"] == [5000 + 1200]  # between the points
+    (found,) = cost.components(step([(0, 300)], num_sampled=65))["head"]
+    assert found > 5000 + 6400
+    assert cost.notes == [f"profile formula: {scaled_note('the head', 'more', 'rows')}"]
 
 
 def test_without_token_graphs_steps_are_between_the_points(folder):
@@ -167,7 +169,7 @@ def test_without_token_graphs_steps_are_between_the_points(folder):
     assert cost.components(step([(0, 24)], num_sampled=3)) == {
         **cost.components(step([(0, 24)], num_sampled=0)),
         "gemm": [420_000],
-        "head": [10_300],
+        "head": [5400],
     }
 
 
@@ -177,7 +179,7 @@ def test_a_table_may_end_within_graphs(folder):
     assert cost.notes == []
     more = cost.components(step([(0, 64)] * 32, num_sampled=1))
     assert 12_000 < more["gemm"][0] < 8000 * 16
-    assert more["head"] == [10_100]
+    assert more["head"] == [5100]
     assert cost.notes == [f"profile formula: {scaled_note('steps', 'more', 'tokens')}"]
 
 
@@ -219,7 +221,7 @@ def test_what_the_components_are(formula):
     assert parts["gemm"] == [profiles.tokens(166)]
     assert parts["decode_attention"] == [profiles.mixed(2, 16)]
     assert parts["prefill_attention"] == [pytest.approx(profiles.each(100, 0) + profiles.each(64, 10))]
-    assert parts["head"] == [profiles.head(3)]
+    assert parts["head"] == [profiles.graph_head(4)]
     assert parts["launch"] == [0.0]
 
 
@@ -489,7 +491,7 @@ def test_a_device_without_a_data_sheet_is_taken_as_it_is(folder, formula):
 
 def test_residuals(tmp_path):
     found = residuals(profile(tmp_path))
-    errors = [1_371_104 / 1_000_000 - 1, 407_152 / 400_000 - 1]  # by hand
+    errors = [1_366_204 / 1_000_000 - 1, 407_152 / 400_000 - 1]  # by hand
     assert (found.num_checks, found.mean, found.worst) == (2, pytest.approx(sum(errors) / 2), pytest.approx(errors[0]))
     assert residuals(profile(tmp_path, contents(checks=[]))) is None
     low = {"chunks": [], "contexts": [700], "num_sampled": 1, "stage_ns": [300_000, 514_304]}

@@ -62,10 +62,6 @@ class Room:
         is_captured = self.token_graph_sizes != () and num_tokens <= self.token_graph_sizes[-1]
         return prompts(num_tokens, max(BASE_CHUNK, -(-num_tokens // MAX_CHUNKS)) if is_captured else BASE_CHUNK)
 
-    def samples_in_graph(self, mix: Mix) -> bool:
-        """Whether its head is one, too: those of decode batches, behind any step in a graph."""
-        return self.is_in_graph(mix) and bool(self.graph_sizes) and mix.num_sampled <= self.graph_sizes[-1]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
@@ -78,7 +74,7 @@ class Grid:
     tokens: tuple[int, ...]
     mixed_batches: tuple[int, ...]
     mixed_contexts: tuple[int, ...]  # some of `contexts`
-    head_rows: tuple[int, ...]  # outside of graphs; none where none are
+    head_rows: tuple[int, ...]  # beyond the largest graph
     queries: tuple[int, ...]
     starts: tuple[int, ...]
     transfer_tokens: tuple[int, ...]  # none with one stage
@@ -103,8 +99,9 @@ class Grid:
         return replace(self.attending(num, context), chunks=((0, BASE_CHUNK),))
 
     def head(self, num: int) -> Mix:
-        """The step behind `head`: with so many decodes, and long enough not to be in a graph."""
-        return _outside(self.room, num, self.contexts[0])
+        """The step behind `head`: decodes beside a chunk, or alone."""
+        mix = mixed(num, self.contexts[0], BASE_CHUNK)
+        return mix if self.room.fits(mix) else self.decode(num)
 
     def num_each(self, num_tokens: int, start: int) -> int:
         """How many such chunks a step can hold, 16 at most; 0: not one."""
@@ -154,7 +151,7 @@ def make_grid(room: Room, *, quick: bool = False) -> Grid:
         tokens=_with_graphs(room.token_graph_sizes, tokens) if room.token_graph_sizes else tuple(tokens),
         mixed_batches=mixed_batches,
         mixed_contexts=tuple(context for context in contexts if context in _MIXED_CONTEXTS),
-        head_rows=_head_rows(room, contexts[0], mixed_batches, batches[-1]),
+        head_rows=_head_rows(room, mixed_batches, batches[-1]),
         queries=queries,
         starts=_up_to(longest - queries[0], _QUICK_STARTS if quick else _STARTS),
         transfer_tokens=() if room.limits.depth == 1 else tuple(_doublings(room.max_tokens, 4 if quick else 2)),
@@ -212,20 +209,10 @@ def _mixed_batches(room: Room, context: int, batches: tuple[int, ...]) -> tuple[
     return tuple(num for num in points if room.fits(mixed(num, context, BASE_CHUNK)))
 
 
-def _outside(room: Room, num: int, context: int) -> Mix:
-    """So many decodes whose head is in no graph: beside a chunk, beside prompts beyond the largest graph, or alone."""
-    mix = mixed(num, context, BASE_CHUNK)
-    if room.samples_in_graph(mix):
-        num_tokens = room.token_graph_sizes[-1] + 1 - num
-        mix = replace(mix, chunks=prompts(num_tokens, room.limits.max_tokens_per_sequence).chunks)
-    return mix if room.fits(mix) else decodes(num, context)
-
-
-def _head_rows(room: Room, context: int, mixed_batches: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """Of mixed steps, the most of any, and the first that no graph's head takes."""
+def _head_rows(room: Room, mixed_batches: tuple[int, ...], most: int) -> tuple[int, ...]:
+    """Of mixed steps, the most of any, and the first that no graph takes; those that one takes are its own."""
     first = room.graph_sizes[-1] + 1 if room.graph_sizes else 1
-    points = sorted({*mixed_batches, min(first, most), most})
-    return tuple(num for num in points if not room.samples_in_graph(_outside(room, num, context)))
+    return tuple(num for num in sorted({*mixed_batches, first, most}) if first <= num <= most)
 
 
 def random_mixes(room: Room, *, num: int, seed: int) -> tuple[Mix, ...]:
