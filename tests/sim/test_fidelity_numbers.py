@@ -26,7 +26,7 @@ from gllm.sim.fidelity.compare import Comparison, compare
 from gllm.sim.fidelity.free import run_free
 from gllm.sim.fidelity.metrics import compare_metrics
 from gllm.sim.fidelity.runs import RecordedRun, read_runs, sim_config
-from gllm.sim.fidelity.stages import Predictions, wait_errors
+from gllm.sim.fidelity.stages import Predictions, stage_errors, wait_errors
 from gllm.sim.recording import read_recording
 
 
@@ -140,6 +140,8 @@ def test_stage_errors_add_up_by_kind(spread_out, tmp_path):
     measured = run.stage_end_ns - run.stage_start_ns
     prefill, decode = run.batches["num_prefill_tokens"], run.batches["num_decode_tokens"]
     masks = {"decode only": prefill == 0, "prefill only": decode == 0, "mixed": (prefill > 0) & (decode > 0)}
+    masks["mixed, to 128"] = masks["mixed"] & (prefill + decode <= 128)
+    masks["mixed, to 512"] = masks["mixed"] & (prefill + decode > 128)
     masks["all"] = prefill >= 0
     assert [(row.stage, row.kind) for row in found.stages] == [(stage, kind) for stage in (0, 1) for kind in masks]
     for row in found.stages:
@@ -501,4 +503,25 @@ def test_host_times_are_taken_where_they_show_by_themselves():
         "return": (2, 1_500_000, 30),
         "gap before decodes": (1, 500_000, 0),
         "gap before others": (0, None, None),
+    }
+
+
+def test_mixed_batches_are_looked_at_by_size():
+    tokens = (100, 128, 129, 3000)  # a decode among them
+    made = made_record(
+        batches=[(0.001 * at, 9, at + 1, 5, 0, 1, -1, 0) for at in range(4)],
+        stages=[[(at, at + 0.001 * (at + 1))] for at in range(4)],
+        done=[at + 0.5 for at in range(4)],
+        num_stages=1,
+    )
+    predictions = Predictions(FixedCost(batch_ns=1_000_000))
+    for num in tokens:
+        predictions.watch(SimpleNamespace(depends_on=-1, **asdict(batch_work(chunks=[(0, num - 1)], contexts=[7]))))
+    found = {row.kind: (row.num_batches, row.measured_s) for row in stage_errors(predictions, made)}
+    assert found == {
+        "mixed": (4, pytest.approx(0.010)),
+        "mixed, to 128": (2, pytest.approx(0.003)),
+        "mixed, to 512": (1, pytest.approx(0.003)),
+        "mixed, longer": (1, pytest.approx(0.004)),
+        "all": (4, pytest.approx(0.010)),
     }

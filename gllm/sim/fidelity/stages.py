@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from gllm.sim.cost import COMPONENTS
+from gllm.sim.fidelity.factors import component_factors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -27,11 +28,14 @@ if TYPE_CHECKING:
     from gllm.core import Plan
     from gllm.report.record import RunRecord
     from gllm.sim.cost import CostModel
+    from gllm.sim.fidelity.factors import Factor
 
     Times = NDArray[np.int64]
 
 KINDS = ("decode only", "prefill only", "mixed")
 ALL = "all"
+MIXED_SIZES = (128, 512, 2048)
+"""Mixed micro-batches are looked at by their tokens too: so far, and beyond."""
 
 
 def kind_of(num_prefill_tokens: int, num_decode_tokens: int) -> int:
@@ -45,6 +49,7 @@ class Predictions:
     def __init__(self, cost: CostModel) -> None:
         self.cost = cost
         self.kinds: list[int] = []
+        self.num_tokens: list[int] = []
         self.depends_on: list[int] = []
         self.transfer_ns: list[int] = []
         self.gap_ns: list[int] = []
@@ -54,6 +59,7 @@ class Predictions:
     def watch(self, plan: Plan) -> None:
         """The next plan."""
         self.kinds.append(kind_of(plan.num_prefill_tokens, plan.num_decode_tokens))
+        self.num_tokens.append(plan.num_prefill_tokens + plan.num_decode_tokens)
         self.depends_on.append(plan.depends_on)
         self.transfer_ns.append(self.cost.transfer_ns(plan))
         self._stage_ns.append(self.cost.stage_ns(plan))
@@ -89,6 +95,7 @@ class StageError:
     error: float | None  # of the sum: signed, what it does to the run's length
     absolute_error: float | None  # of each batch, whatever its sign
     components_s: dict[str, float]  # of the prediction
+    factors: dict[str, Factor]  # of these components, as the measured times have it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,23 +116,38 @@ class WaitError:
 def stage_errors(predictions: Predictions, record: RunRecord) -> list[StageError]:
     """For each stage its kinds of micro-batches, as far as there are any, then all of them."""
     size = min(predictions.num_plans, record.batches.size)
-    kinds = np.array(predictions.kinds[:size], dtype=np.int64)
     measured, predicted = (record.stage_end_ns - record.stage_start_ns)[:size], predictions.stage_ns[:size]
-    masks = {name: kinds == number for number, name in enumerate(KINDS)} | {ALL: kinds >= 0}
+    masks = _masks(np.array(predictions.kinds[:size], np.int64), np.array(predictions.num_tokens[:size], np.int64))
     found, parts_ns = [], {name: rows[:size] for name, rows in predictions.parts_ns().items()}
     for stage in range(measured.shape[1]):
         for kind, mask in masks.items():
             if mask.any() or kind == ALL:
                 times = measured[mask, stage], predicted[mask, stage]
-                parts = {name: float(rows[mask, stage].sum()) / 1e9 for name, rows in parts_ns.items()}
+                parts = {name: rows[mask, stage] for name, rows in parts_ns.items()}
                 found.append(_stage_error(stage, kind, times, measured[:, stage].sum(), parts))
     return found
 
 
+def _masks(kinds: Times, num_tokens: Times) -> dict[str, NDArray[np.bool_]]:
+    """By kind, then the mixed ones by size where they are of more than one."""
+    masks = {name: kinds == number for number, name in enumerate(KINDS)}
+    is_mixed, sizes = masks["mixed"], np.searchsorted(MIXED_SIZES, num_tokens)
+    names = [*(f"mixed, to {most:,}" for most in MIXED_SIZES), "mixed, longer"]
+    by_size = {name: is_mixed & (sizes == number) for number, name in enumerate(names)}
+    if sum(mask.any() for mask in by_size.values()) > 1:
+        masks |= by_size
+    return masks | {ALL: kinds >= 0}
+
+
 def _stage_error(
-    stage: int, kind: str, times: tuple[Times, Times], total_ns: int, components_s: dict[str, float]
+    stage: int,
+    kind: str,
+    times: tuple[Times, Times],
+    total_ns: int,
+    parts_ns: dict[str, NDArray[np.float64]],
 ) -> StageError:
     measured, predicted = times
+    components_s = {name: float(rows.sum()) / 1e9 for name, rows in parts_ns.items()}
     measured_ns, predicted_ns = int(measured.sum()), int(predicted.sum())
     off_ns = int(np.abs(predicted - measured).sum())
     return StageError(
@@ -138,6 +160,7 @@ def _stage_error(
         error=100 * (predicted_ns - measured_ns) / measured_ns if measured_ns else None,
         absolute_error=100 * off_ns / measured_ns if measured_ns else None,
         components_s={name: components_s[name] for name in COMPONENTS if components_s.get(name)},
+        factors=component_factors(parts_ns, measured.astype(np.float64)),
     )
 
 

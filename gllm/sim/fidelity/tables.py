@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from gllm.sim.fidelity.stages import StageError, WaitError
 
 
+_SURE = 0.02
+"""Of a factor: the standard error below which it is shown."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
     """Rows of text; the first column names the row."""
@@ -97,8 +101,15 @@ def _stage_cells(row: StageError) -> tuple[str, ...]:
 
 
 def _part_cells(row: StageError) -> tuple[str, ...]:
-    times = (row.components_s.get(name) for name in COMPONENTS)
-    return (f"{row.stage}, {row.kind}", *(MISSING if time_s is None else seconds(time_s) for time_s in times))
+    return (f"{row.stage}, {row.kind}", *(_part_cell(row, name) for name in COMPONENTS))
+
+
+def _part_cell(row: StageError, name: str) -> str:
+    time_s, factor = row.components_s.get(name), row.factors.get(name)
+    if time_s is None:
+        return MISSING
+    is_sure = factor is not None and factor.standard_error < _SURE
+    return seconds(time_s) + (f" x{factor.value:.2f}" if factor is not None and is_sure else "")
 
 
 def _wait_cells(row: WaitError) -> tuple[str, ...]:
@@ -134,7 +145,8 @@ STAGES = Table(
 )
 PARTS = Table(
     title="What the predictions consist of",
-    note="sums over the same micro-batches",
+    note="sums over the same micro-batches, and times what they would fit the measured times best, "
+    f"where these say so with a standard error below {_SURE}",
     head=("stage", *(name.replace("_", " ") for name in COMPONENTS)),
     rows=lambda found: map(_part_cells, found.stages),
 )
