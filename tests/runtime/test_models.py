@@ -132,8 +132,8 @@ def test_bfloat16_is_close_to_float32(tiny):
     for mine, other in zip(low.parameters(), stage.parameters(), strict=True):
         mine.copy_(other)
     logits = whole_logits([low], PROMPTS[1])
-    assert logits.dtype == torch.float32
-    error = (logits - reference_logits(model, PROMPTS[1])).norm() / logits.norm()
+    assert logits.dtype == torch.bfloat16, "what draws reads them as they are: a copy would take longer than the draw"
+    error = (logits.float() - reference_logits(model, PROMPTS[1])).norm() / logits.float().norm()
     assert error < 0.05
 
 
@@ -183,7 +183,7 @@ def test_a_decode_step_neither_needs_the_host_nor_a_certain_device(name, tiny):
     x = stage.embed(torch.zeros(3, dtype=torch.int64, device="meta"))
     logits = stage.logits(stage(x, batch, caches))
     assert logits.shape == (3, VOCAB_SIZE)
-    assert (logits.device.type, logits.dtype) == ("meta", torch.float32)
+    assert (logits.device.type, logits.dtype) == ("meta", stage.dtype)
 
 
 def test_a_tied_matrix_is_held_once_where_one_rank_has_both_ends(tiny):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch.nn import functional
 
 from gllm.runtime.layers.sharded import Part, Placement, Sharded
@@ -42,6 +41,6 @@ class VocabEmbedding(Sharded):
         return self.shard.group.all_reduce(x_TD.masked_fill(elsewhere_T[:, None], 0))
 
     def logits(self, x_RD: Tensor) -> Tensor:
-        """Scores [R, V] of all tokens in float32, equal on all ranks."""
+        """Scores [R, V] of all tokens in the weights' type, equal on all ranks."""
         local = functional.linear(x_RD, self.weight)
-        return self.shard.group.all_gather(local)[:, : self.vocab_size].to(torch.float32)
+        return self.shard.group.all_gather(local)[:, : self.vocab_size]

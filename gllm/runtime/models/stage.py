@@ -132,7 +132,7 @@ class StageModel(nn.Module):
         return x_TD if delta_TD is None else x_TD + delta_TD
 
     def logits(self, x_RD: Tensor) -> Tensor:
-        """Scores of all tokens [R, V] in float32, equal on the stage's ranks; on the last stage."""
+        """Scores of all tokens [R, V] in the model's type, equal on the stage's ranks; on the last stage."""
         assert self.norm is not None, "only the last stage has a head"
         assert self.head is not None, "only the last stage has a head"
         return self.head.logits(self.norm(x_RD))
