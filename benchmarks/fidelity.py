@@ -49,6 +49,9 @@ STAGE_KEYS = (
     *("components_s", "factors"),
 )
 HEADLINES = ("TTFT mean", "TPOT mean", "E2E mean", "output tokens/s")
+BODIES = ("measured", "simulated")
+RANKED = {"output tokens/s": True, "TTFT p99": False}
+"""What policies are put in order by, and whether more is better."""
 
 METHOD = """\
 Runs of gLLM with random weights on the first seconds of Azure's conversation trace of 2023, on NVIDIA H200 GPUs. A
@@ -136,7 +139,41 @@ def decisions(run: RecordedRun, found: Comparison) -> dict[str, Any]:
     return {"run": run.folder.name, "num_decisions": replica.num_decisions, "is_equal": replica.is_equal}
 
 
-def report(kept: dict[str, dict[str, Any]], found: dict[str, Comparison]) -> Iterator[str]:
+def rankings(kept: dict[str, dict[str, Any]], found: dict[str, Comparison]) -> list[dict[str, Any]]:
+    """Where several policies had the same traffic on the same GPUs: their order, the best first, in both bodies."""
+    rivals = defaultdict(list)
+    for name, comparison in found.items():
+        config = comparison.runs[0].record.config
+        trace = {key: config["trace"][key] for key in ("name", "rate_scale", "window")}
+        rivals[config["model"], config["gpus"], *trace.values()].append(kept[name])
+    shared = [rivals_of for rivals_of in rivals.values() if len(rivals_of) > 1]
+    return [_order(groups, label) for groups in shared for label in RANKED]
+
+
+def _order(groups: Sequence[dict[str, Any]], label: str) -> dict[str, Any]:
+    values = {group["policy"]: _metric(group, label) for group in groups}
+
+    def order(body: str) -> list[str]:
+        return sorted(values, key=lambda policy: values[policy][body], reverse=RANKED[label])
+
+    place = {key: groups[0][key] for key in ("model", "gpus")}
+    return {**place, "by": label, "values": values, **{body: order(body) for body in BODIES}}
+
+
+def _metric(group: dict[str, Any], label: str) -> dict[str, Any]:
+    found = next(metric for metric in group["metrics"] if metric["label"] == label)
+    return {body: found[body] for body in BODIES}
+
+
+def _ranking_cells(order: dict[str, Any]) -> list[str]:
+    shown = (", ".join(f"{policy} {order['values'][policy][body]:,.4g}" for policy in order[body]) for body in BODIES)
+    is_same = order["measured"] == order["simulated"]
+    return [f"{order['model']}, {order['gpus']}", order["by"], *shown, "yes" if is_same else "NO"]
+
+
+def report(
+    kept: dict[str, dict[str, Any]], found: dict[str, Comparison], orders: Sequence[dict[str, Any]]
+) -> Iterator[str]:
     """The page: all groups, all runs, then each group's metrics and stages."""
     yield METHOD
     yield from table(
@@ -147,6 +184,8 @@ def report(kept: dict[str, dict[str, Any]], found: dict[str, Comparison]) -> Ite
     head = ["run", "requests", "duration, s", "output tokens/s", "TTFT mean, s", "TPOT mean, ms"]
     rows = (_run_cells(run, comparison) for comparison in found.values() for run in comparison.runs)
     yield from table([*head, "decisions on recorded times"], rows)
+    yield from ["", "## Which policy is better", "", "Policies that had the same traffic, the best first.", ""]
+    yield from table(["model", "by", "measured", "simulated", "same order"], map(_ranking_cells, orders))
     for name, comparison in found.items():
         metrics = [(*metric.cells(), *metric.interval_cells()[3:]) for metric in comparison.metrics]
         yield from ["", f"## {name}", ""]
@@ -187,7 +226,9 @@ def main() -> None:
         for name, folders in groups().items()
     }
     kept = {name: to_json(name, comparison) for name, comparison in found.items()}
-    write_results(NAME, {**describe_run(), "groups": kept}, "The twin beside the hardware", report(kept, found))
+    orders = rankings(kept, found)
+    values = {**describe_run(), "rankings": orders, "groups": kept}
+    write_results(NAME, values, "The twin beside the hardware", report(kept, found, orders))
 
 
 if __name__ == "__main__":
