@@ -10,18 +10,22 @@ With T tokens in the batch, of one layer on one GPU and in bytes and operations:
     decode attention             KV of all contexts / bytes/s
     all-reduce, two per layer    latency + 2*(tp - 1)/tp * activations / link bytes/s
 
-A batch of decodes alone runs as a CUDA graph, padded to the next captured size; any other batch is launched kernel
-by kernel, and a stage cannot outrun its host. The arithmetic is + - * / and correctly rounded sums and roots
+Short steps run as CUDA graphs (`gllm.graph_sizes`, as the runtime captures them): T is then the next captured size,
+while attention is of the real tokens. Longer ones are launched kernel by kernel, and a stage cannot outrun its host.
+Two bounds are not known here and left out: a policy's longest step, which is the runtime's largest size where it is
+below ours, and the most chunks of a step in a graph. The arithmetic is + - * / and correctly rounded sums and roots
 (Python's own sum() of floats changed in 3.12), so results are equal on every machine.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from functools import cache, partial
 from math import fsum, sqrt
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
+from gllm.graph_sizes import MAX_TOKENS, graph_sizes, token_graph_sizes
 from gllm.parallel import Parallel
 from gllm.sim.constants import RooflineConstants
 from gllm.sim.cost import COMPONENTS
@@ -40,13 +44,6 @@ _EXPECTED_MAX = (
     *(0.0, 0.5642, 0.8463, 1.0294, 1.1630, 1.2672, 1.3522, 1.4236),
     *(1.4850, 1.5388, 1.5864, 1.6292, 1.6680, 1.7034, 1.7359, 1.7660),
 )
-
-
-def graph_size(num_sequences: int) -> int:
-    """Size of the CUDA graph that serves that many decodes: 1, 2, 4, then multiples of 8."""
-    if num_sequences <= 2:
-        return num_sequences
-    return 4 if num_sequences <= 4 else (num_sequences + 7) // 8 * 8
 
 
 def missed_expert_table(num_experts: int, num_experts_per_token: int) -> tuple[float, ...]:
@@ -144,19 +141,30 @@ class _Rank:
         return self.gpu.all_reduce_latency_ns + num_bytes * 1e9 / bytes_per_s if num_bytes else 0.0
 
     def num_kernels(self, stage: Stage) -> int:
-        """Kernels of a stage's layers."""
-        per_layer = self.constants.kernels_per_layer + (2 if self.parallel.tp > 1 else 0)
-        return per_layer * stage.num_layers + self.constants.kernels_per_moe * stage.num_moe
+        """Kernels of a stage's layers, without the all-reduces."""
+        return self.constants.kernels_per_layer * stage.num_layers + self.constants.kernels_per_moe * stage.num_moe
+
+    def launch_ns(self, stage: Stage) -> int:
+        """The time the host needs to launch a stage's layers one kernel at a time."""
+        num_all_reduces = 2 * stage.num_layers if self.parallel.tp > 1 else 0
+        return (self.num_kernels(stage) + num_all_reduces) * self.constants.launch_ns
 
     def head_ns(self, num_rows: int) -> float:
-        """Final norm, logits of the rank's slice of the vocabulary, and sampling."""
+        """Final norm, logits of the rank's slice of the vocabulary, and sampling, which every rank does whole."""
         if not num_rows:
             return 0.0
         constants, tp, vocab = self.constants, self.parallel.tp, self.shape.vocab_size
-        logits_ns = num_rows * vocab / tp * 4 * constants.logits_passes * self.byte_ns
-        gather_ns = self._link_ns(num_rows * vocab * 4.0 * (tp - 1) / tp)
+        logits_bytes = num_rows * vocab * self.shape.dtype_bytes
+        draw_ns = logits_bytes * constants.logits_passes * self.byte_ns
+        gather_ns = self._link_ns(logits_bytes * (tp - 1) / tp)
         kernels_ns = constants.kernels_per_head * constants.kernel_gap_ns
-        return self._matmul(self.shape.hidden_size, vocab / tp).ns(num_rows) + logits_ns + gather_ns + kernels_ns
+        return self._matmul(self.shape.hidden_size, vocab / tp).ns(num_rows) + draw_ns + gather_ns + kernels_ns
+
+
+def _in_graph(num_tokens: int, sizes: Sequence[int]) -> tuple[int, bool]:
+    """How many tokens a step computes, padding among them, and whether it is a graph of one of these sizes."""
+    index = bisect_left(sizes, num_tokens)
+    return (sizes[index], True) if index < len(sizes) else (num_tokens, False)
 
 
 class Roofline:
@@ -181,8 +189,12 @@ class Roofline:
         self._kinds = tuple(dict.fromkeys(stages))  # equal stages cost the same; the last stage is the last kind
         self._kind_of_stage = [self._kinds.index(stage) for stage in stages]
         self._spread = itemgetter(*self._kind_of_stage) if len(self._kinds) < len(stages) else None
+        has_graphs = constants.max_graph_size > 0
+        self._decode_sizes = graph_sizes(constants.max_graph_size) if has_graphs else []
+        self._chunked_sizes = token_graph_sizes(MAX_TOKENS, shape, parallel.tp) if has_graphs else []
         # Each count's cost is computed once; counts are bounded by the batch size.
-        self._eager_ns, self._decode_ns = cache(self._eager), cache(self._decode)
+        self._decode_ns = cache(lambda num_tokens: self._step(num_tokens, self._decode_sizes))
+        self._chunked_ns = cache(lambda num_tokens: self._step(num_tokens, self._chunked_sizes))
         self._head_ns = cache(lambda num_rows: int(self._rank.head_ns(num_rows)))
         self._prepare_attention(shape, gpu, parallel)
         self._hop_ns = gpu.send_latency_ns
@@ -203,14 +215,6 @@ class Roofline:
         self._prefill_key_ns, self._prefill_query_ns = kv_bytes * self._rank.byte_ns, query_bytes * self._rank.byte_ns
         self._pair_ns = 4 * query * 1e9 / (gpu.bf16_flop_per_s * constants.prefill_attention_efficiency)
 
-    def _padded(self, num_decode: int) -> int:
-        largest = self._constants.max_graph_size
-        return min(graph_size(num_decode), largest) if num_decode <= largest else num_decode
-
-    def _floor_ns(self, kind: Stage) -> int:
-        """The time the host needs to launch a stage's layers one kernel at a time."""
-        return self._rank.num_kernels(kind) * self._constants.launch_ns
-
     def _token_parts(self, num_tokens: int, kind: Stage) -> tuple[float, float, float]:
         """Nanoseconds of `gemm`, `all_reduce` and `other` in a stage of that kind, whatever the contexts."""
         rank = self._rank
@@ -222,14 +226,13 @@ class Roofline:
             rank.element_ns * num_tokens * kind.num_layers + gaps_ns + embedding_ns,
         )
 
-    def _eager(self, num_tokens: int) -> list[tuple[float, int, int]]:
+    def _step(self, num_tokens: int, sizes: Sequence[int]) -> list[tuple[float, int, int]]:
         """For each kind of stage: time beside attention, layers, and the least time of all."""
-        return [(fsum(self._token_parts(num_tokens, k)), k.num_layers, self._floor_ns(k)) for k in self._kinds]
-
-    def _decode(self, num_decode: int) -> list[tuple[float, int, int]]:
-        rows = self._eager(self._padded(num_decode))
-        in_graph = num_decode <= self._constants.max_graph_size
-        return [(fixed_ns, layers, 0) for fixed_ns, layers, _ in rows] if in_graph else rows
+        padded, in_graph = _in_graph(num_tokens, sizes)
+        return [
+            (fsum(self._token_parts(padded, kind)), kind.num_layers, 0 if in_graph else self._rank.launch_ns(kind))
+            for kind in self._kinds
+        ]
 
     def _prefill_attention_ns(self, work: Work) -> float:
         compute_ns = work.prefill_pairs * self._pair_ns
@@ -242,7 +245,7 @@ class Roofline:
         attention_ns = work.decode_context * self._decode_key_ns + decode * self._decode_query_ns
         if prefill:
             attention_ns += self._prefill_attention_ns(work)
-            rows = self._eager_ns(prefill + decode)
+            rows = self._chunked_ns(prefill + decode)
         else:
             rows = self._decode_ns(decode)
         times = []
@@ -268,7 +271,8 @@ class Roofline:
 
     def _kind_components(self, work: Work, kind: Stage) -> dict[str, float]:
         prefill, decode = work.num_prefill_tokens, work.num_decode_tokens
-        gemm, all_reduce, other = self._token_parts(prefill + decode if prefill else self._padded(decode), kind)
+        padded, in_graph = _in_graph(prefill + decode, self._chunked_sizes if prefill else self._decode_sizes)
+        gemm, all_reduce, other = self._token_parts(padded, kind)
         decode_ns = work.decode_context * self._decode_key_ns + decode * self._decode_query_ns
         parts = {
             "gemm": gemm,
@@ -277,6 +281,5 @@ class Roofline:
             "all_reduce": all_reduce,
             "other": other,
         }
-        is_eager = prefill > 0 or decode > self._constants.max_graph_size
-        launch = max(0.0, self._floor_ns(kind) - fsum(parts.values())) if is_eager else 0.0
+        launch = 0.0 if in_graph else max(0.0, self._rank.launch_ns(kind) - fsum(parts.values()))
         return {**parts, "head": float(self._head_ns(work.num_sampled)) if kind.is_last else 0.0, "launch": launch}

@@ -22,11 +22,14 @@ if TYPE_CHECKING:
     from gllm.sim.gpus import Gpu
     from gllm.sim.profile import Profile
 
-_BASE = ("gemm", "all_reduce", "other", "launch")
+_BASE = ("gemm", "all_reduce", "other")
 
 
 class RooflineParts:
     """Nanoseconds of all layers of a model on one kind of GPU; each figure is above zero.
+
+    They are of the work itself, without padding and launches: what was measured has those in it already, and the next
+    size of a graph is no step in what goes on from there.
 
     Where a profile's part is what a step takes beyond another one, the figure is of the whole operation: it serves
     for proportions.
@@ -35,8 +38,8 @@ class RooflineParts:
     def __init__(
         self, profile: Profile, shape: ModelShape, gpu: Gpu, parallel: Parallel, constants: RooflineConstants
     ) -> None:
-        whole = replace(parallel, pp=1, pp_layers=None)
-        self._whole = Roofline(shape=shape, gpu=gpu, parallel=whole, constants=constants)
+        whole, work = replace(parallel, pp=1, pp_layers=None), replace(constants, max_graph_size=0, launch_ns=0)
+        self._whole = Roofline(shape=shape, gpu=gpu, parallel=whole, constants=work)
         self._staged = Roofline(shape=shape, gpu=gpu, parallel=parallel, constants=constants)
         self._base_chunk, self._context = profile.base_chunk, profile.decode_attention.columns[0]
 

@@ -11,9 +11,9 @@ from runtime.stepping import random_prompts
 from runtime.tiny_models import VOCAB_SIZE, make
 
 from gllm import SamplingParams
+from gllm.graph_sizes import MAX_TOKENS, graph_sizes, token_graph_sizes
 from gllm.model_shape import load_shape
 from gllm.runtime.worker import graphs, stage
-from gllm.runtime.worker.graph_sizes import graph_sizes, token_graph_sizes
 
 PROMPTS = random_prompts((1, 3, 41, 10, 70, 16, 17, 30, 2, 9), VOCAB_SIZE)
 MOST_TOKENS = 50  # in a graph: longer steps are computed without one
@@ -114,3 +114,11 @@ def test_large_models_need_no_graphs_of_long_steps():
     largest = [token_graph_sizes(16384, load_shape(f"qwen3-{size}"))[-1] for size in ("0.6b", "8b", "32b")]
     assert largest == [8192, 1088, 384]
     assert token_graph_sizes(16384, load_shape("qwen3-8b"), tp=2)[-1] == 2 * 1088
+
+
+def test_the_simulator_charges_the_sizes_that_are_captured():
+    from gllm.sim import roofline
+
+    assert (roofline.graph_sizes, roofline.token_graph_sizes) == (stage.graph_sizes, stage.token_graph_sizes)
+    for name in ("qwen3-0.6b", "qwen3-8b", "qwen3-32b"):  # its steps have no bound but this one
+        assert token_graph_sizes(MAX_TOKENS, load_shape(name)) == token_graph_sizes(10**6, load_shape(name))

@@ -130,7 +130,9 @@ def test_when_all_takes_twice_as_long_all_is_twice_as_long(burst, tmp_path):
     assert errors["stage 1 bubbles"] == pytest.approx(0.0, abs=1e-9)
     assert not found.passes
     assert {row.error for row in found.stages} == {row.absolute_error for row in found.stages} == {100.0}
-    assert all(row.predicted_ns == 2 * row.measured_ns for row in found.waits)
+    seen = {row.name: row for row in found.waits if row.num_samples}
+    assert {"transfer", "dispatch", "return"} <= set(seen)
+    assert all(row.predicted_ns == 2 * row.measured_ns for row in seen.values())
 
 
 def test_stage_errors_add_up_by_kind(spread_out, tmp_path):
@@ -247,7 +249,7 @@ def test_decisions_that_follow_other_times_are_counted(capsys, spread_out):
     assert 0 < free["num_same_chunks"] < 40
     assert {row["error"] for row in found["stages"]} == {0.0}
     (dispatch,) = [row for row in found["waits"] if row["name"] == "dispatch"]
-    assert (dispatch["measured_ns"], dispatch["predicted_ns"]) == (200_000, 3_000_000)
+    assert (dispatch["measured_ns"], dispatch["predicted_ns"]) == (BASE.constants.host_ns, 3_000_000)
     assert found["cost"]["cost_constants"]["host_ns"] == 3_000_000
 
 

@@ -14,6 +14,7 @@ from sim.profiles import SHAPE, contents, profile, stamped, step, two_stages, wr
 from gllm.parallel import Parallel
 from gllm.report.metrics import summarize
 from gllm.sim.config import SimConfig
+from gllm.sim.constants import RooflineConstants
 from gllm.sim.cost import COMPONENTS
 from gllm.sim.gpus import get_gpu
 from gllm.sim.pipeline import ProcessPipeline
@@ -23,7 +24,8 @@ from gllm.sim.run import simulate
 from gllm.trace import TraceOptions
 
 H200 = get_gpu("h200")
-ROOFLINE = Roofline(shape=SHAPE, gpu=H200)
+WORK = RooflineConstants(max_graph_size=0, launch_ns=0)  # without padding and launches
+ROOFLINE = Roofline(shape=SHAPE, gpu=H200, constants=WORK)
 
 
 @pytest.fixture(scope="module")
@@ -435,7 +437,7 @@ def test_no_step_at_the_edge_of_a_table(folder):
 
 
 def test_another_gpu_is_scaled_by_the_rooflines(folder):
-    cost, slower = model(folder), Roofline(shape=SHAPE, gpu=get_gpu("l4"))
+    cost, slower = model(folder), Roofline(shape=SHAPE, gpu=get_gpu("l4"), constants=WORK)
     other = model(folder, gpu="l4")
     assert other.notes == ["profile formula: times are an estimate: measured on h200, scaled to l4 by their rooflines"]
     work = step(contexts=[1024] * 8)
@@ -452,7 +454,7 @@ def test_another_gpu_is_scaled_by_the_rooflines(folder):
 @pytest.mark.parametrize("chunk", [(0, 1024), (512, 256), (2048, 64)])
 def test_chunks_on_another_gpu(folder, chunk):
     work, cost, other = step([chunk]), model(folder), model(folder, gpu="l4")
-    slower = Roofline(shape=SHAPE, gpu=get_gpu("l4"))
+    slower = Roofline(shape=SHAPE, gpu=get_gpu("l4"), constants=WORK)
     name = "prefill_attention"
     ratio = slower.components(work)[name][0] / ROOFLINE.components(work)[name][0]
     assert other.components(work)[name][0] == pytest.approx(cost.components(work)[name][0] * ratio, rel=1e-9)
@@ -464,7 +466,7 @@ def test_chunks_on_another_gpu(folder, chunk):
 def test_a_mixed_step_on_another_gpu(folder):
     work = step([(512, 64)] * 3, [16] * 4, num_sampled=0)
     ours, theirs = model(folder).components(work), model(folder, gpu="l4").components(work)
-    slower = Roofline(shape=SHAPE, gpu=get_gpu("l4"))
+    slower = Roofline(shape=SHAPE, gpu=get_gpu("l4"), constants=WORK)
     for name in ("prefill_attention", "decode_attention"):
         ratio = slower.components(work)[name][0] / ROOFLINE.components(work)[name][0]
         assert theirs[name][0] == pytest.approx(ours[name][0] * ratio, rel=1e-9)

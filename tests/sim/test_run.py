@@ -91,7 +91,7 @@ def test_the_whole_configuration_is_plain_json():
 
 def test_host_time_delays_the_first_token():
     # Nothing is planned ahead: then no host time hides behind a step of the GPUs.
-    slow = changed(constants=RooflineConstants(host_ns=50_200_000), max_in_flight=2)
+    slow = changed(constants=RooflineConstants(host_ns=RooflineConstants().host_ns + 50_000_000), max_in_flight=2)
     fast = simulated(trace_one := changed(trace=TraceOptions(source="chat", limit=1), max_in_flight=2))
     late = simulated(changed(slow, trace=trace_one.trace))
     gain = late.requests["first_token_ns"][0] - fast.requests["first_token_ns"][0]

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from gllm.console.progress import tell_seldom
 from gllm.console.terminal import say, say_table
 from gllm.gpu_names import gpu_name
+from gllm.graph_sizes import graph_sizes, has_token_graphs, token_graph_sizes
 from gllm.runtime.options import runtime_config
 from gllm.runtime.versions import versions
-from gllm.runtime.worker.graph_sizes import graph_sizes, has_token_graphs, token_graph_sizes
 
 if TYPE_CHECKING:
     from argparse import Namespace

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice, product
 from typing import TYPE_CHECKING
 
+from gllm.graph_sizes import MAX_CHUNKS
 from gllm.runtime.profile.steps import DRIFT, Mix, chunks, decodes, mixed, prompts, uneven_decodes
-from gllm.runtime.worker.graph_sizes import MAX_CHUNKS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

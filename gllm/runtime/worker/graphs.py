@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 
-from gllm.runtime.worker.graph_sizes import MAX_CHUNKS
+from gllm.graph_sizes import MAX_CHUNKS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -17,11 +17,11 @@ from gllm_kernels.chunk_plan import plan_chunks
 from gllm_kernels.decode_plan import plan_decode
 from gllm_kernels.step_inputs import StepRows, lay_out
 
+from gllm.graph_sizes import graph_sizes, has_token_graphs, token_graph_sizes
 from gllm.runtime.attention_batch import AttentionBatch, KVCache, allocate_caches
 from gllm.runtime.messages import StageTime, StepDone
 from gllm.runtime.worker.arrival import Arrival
 from gllm.runtime.worker.clock import StageClock
-from gllm.runtime.worker.graph_sizes import graph_sizes, has_token_graphs, token_graph_sizes
 from gllm.runtime.worker.graphs import DecodeGraphs, GraphPool, TokenGraphs
 from gllm.runtime.worker.inputs import SlotTable
 from gllm.runtime.worker.memory import MAX_SAMPLED

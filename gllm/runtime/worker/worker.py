@@ -18,6 +18,7 @@ import torch.distributed as dist
 import zmq
 from gllm_kernels.paged_attention import choose_backend
 
+from gllm.graph_sizes import has_token_graphs, token_graph_sizes
 from gllm.policy import parse_policy
 from gllm.runtime.channels import watch_connection, worker_socket
 from gllm.runtime.errors import StartError
@@ -34,7 +35,6 @@ from gllm.runtime.messages import (
 )
 from gllm.runtime.models import MODELS
 from gllm.runtime.weights import fill_with_dummy_weights, load_weights
-from gllm.runtime.worker.graph_sizes import has_token_graphs, token_graph_sizes
 from gllm.runtime.worker.groups import connect
 from gllm.runtime.worker.memory import check_weights, measure_peak, room_for_blocks
 from gllm.runtime.worker.outbox import Outbox

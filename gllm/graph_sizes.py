@@ -1,4 +1,7 @@
-"""Which steps are captured as CUDA graphs; who profiles them must know, without torch."""
+"""Which steps are captured as CUDA graphs: workers capture them, profiles measure them, the simulator charges them.
+
+A step is padded to the next size. One beyond the largest is launched kernel by kernel.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,12 @@ MAX_ROWS = 512
 MAX_CHUNKS = 64
 """Of a step in a graph, which holds programs of chunk attention for so many beginnings of chunks."""
 
-_LEAST_TOKENS, _MOST_TOKENS = 256, 8192
+MAX_TOKENS = 8192
+"""Of a step with chunks in a graph, however small the model."""
+
+_LEAST_TOKENS = 256
 _LAUNCH_S = 0.65e-3
-"""Of a layer's eleven kernels, one by one, by a worker that also reports: 23 ms for all of Qwen3-8B beside an H200."""
+"""Of a layer's kernels, one by one, by a worker that also reports: 23 ms for all of Qwen3-8B beside an H200."""
 
 _FLOP_PER_S = 650e12
 """An H200's products of bfloat16 while it computes one prompt after another."""
@@ -32,16 +38,16 @@ def has_token_graphs(backend: str) -> bool:
 
 
 def token_graph_sizes(max_batch_tokens: int, shape: ModelShape, tp: int = 1) -> list[int]:
-    """Tokens of steps with chunks worth a graph.
+    """Tokens of steps with chunks worth a graph, of a policy whose steps have at most `max_batch_tokens`.
 
     A step that keeps the GPU busy for longer than the host launches it needs none, and would only compute padding.
     Products compute in tiles of 64 or 128 rows anyway, and each graph takes time to capture.
     """
     sizes = [16, 32, 64, 96, *range(128, 512, 64), *range(512, 1024, 128), *range(1024, 2048, 256)]
-    sizes += range(2048, _MOST_TOKENS, 1024)
+    sizes += range(2048, MAX_TOKENS, 1024)
     flop = 2 * _params_per_token(shape) / tp
     worthwhile = int(_LAUNCH_S * _FLOP_PER_S / flop) // 64 * 64
-    largest = min(max_batch_tokens, max(_LEAST_TOKENS, min(worthwhile, _MOST_TOKENS)))
+    largest = min(max_batch_tokens, max(_LEAST_TOKENS, min(worthwhile, MAX_TOKENS)))
     return [*(size for size in sizes if size < largest), largest]
 
 
