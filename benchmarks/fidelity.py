@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -141,34 +142,37 @@ def decisions(run: RecordedRun, found: Comparison) -> dict[str, Any]:
 
 def rankings(kept: dict[str, dict[str, Any]], found: dict[str, Comparison]) -> list[dict[str, Any]]:
     """Where several policies had the same traffic on the same GPUs: their order, the best first, in both bodies."""
-    rivals = defaultdict(list)
+    rivals: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = defaultdict(dict)
     for name, comparison in found.items():
-        config = comparison.runs[0].record.config
-        trace = {key: config["trace"][key] for key in ("name", "rate_scale", "window")}
-        rivals[config["model"], config["gpus"], *trace.values()].append(kept[name])
-    shared = [rivals_of for rivals_of in rivals.values() if len(rivals_of) > 1]
-    return [_order(groups, label) for groups in shared for label in RANKED]
+        config, group = comparison.runs[0].record.config, kept[name]
+        trace = tuple(config["trace"][key] for key in ("name", "rate_scale", "window"))
+        shared = rivals[config["model"], config["gpus"], group["profile"], *trace]
+        if group["policy"] in shared:
+            raise ValueError(
+                f"{RUNS / name}: {group['policy']} had this traffic before; one group a policy is compared"
+            )
+        shared[group["policy"]] = group
+    return [_order(groups, label) for groups in rivals.values() if len(groups) > 1 for label in RANKED]
 
 
-def _order(groups: Sequence[dict[str, Any]], label: str) -> dict[str, Any]:
-    values = {group["policy"]: _metric(group, label) for group in groups}
-
-    def order(body: str) -> list[str]:
-        return sorted(values, key=lambda policy: values[policy][body], reverse=RANKED[label])
-
-    place = {key: groups[0][key] for key in ("model", "gpus")}
-    return {**place, "by": label, "values": values, **{body: order(body) for body in BODIES}}
+def _order(groups: dict[str, dict[str, Any]], label: str) -> dict[str, Any]:
+    metrics = {policy: _metric(group, label) for policy, group in groups.items()}
+    orders = {body: sorted(metrics, key=lambda policy: metrics[policy][body], reverse=RANKED[label]) for body in BODIES}
+    measured = [metrics[policy]["measured"] for policy in orders["measured"]]
+    is_close = all(abs(one - other) <= DEFAULT_BAR / 100 * one for one, other in pairwise(measured))
+    first = next(iter(groups.values()))
+    values = {policy: {body: metric[body] for body in BODIES} for policy, metric in metrics.items()}
+    verdict = "yes" if orders["measured"] == orders["simulated"] else "measured too close" if is_close else "NO"
+    return {"model": first["model"], "gpus": first["gpus"], "by": label, "values": values, **orders, "same": verdict}
 
 
 def _metric(group: dict[str, Any], label: str) -> dict[str, Any]:
-    found = next(metric for metric in group["metrics"] if metric["label"] == label)
-    return {body: found[body] for body in BODIES}
+    return next(metric for metric in group["metrics"] if metric["label"] == label)
 
 
 def _ranking_cells(order: dict[str, Any]) -> list[str]:
     shown = (", ".join(f"{policy} {order['values'][policy][body]:,.4g}" for policy in order[body]) for body in BODIES)
-    is_same = order["measured"] == order["simulated"]
-    return [f"{order['model']}, {order['gpus']}", order["by"], *shown, "yes" if is_same else "NO"]
+    return [f"{order['model']}, {order['gpus']}", order["by"], *shown, order["same"]]
 
 
 def report(
@@ -184,7 +188,11 @@ def report(
     head = ["run", "requests", "duration, s", "output tokens/s", "TTFT mean, s", "TPOT mean, ms"]
     rows = (_run_cells(run, comparison) for comparison in found.values() for run in comparison.runs)
     yield from table([*head, "decisions on recorded times"], rows)
-    yield from ["", "## Which policy is better", "", "Policies that had the same traffic, the best first.", ""]
+    yield from ["", "## Which policy is better", ""]
+    yield from [
+        f"Policies that had the same traffic, the best first; closer than {DEFAULT_BAR:g} % runs do not tell.",
+        "",
+    ]
     yield from table(["model", "by", "measured", "simulated", "same order"], map(_ranking_cells, orders))
     for name, comparison in found.items():
         metrics = [(*metric.cells(), *metric.interval_cells()[3:]) for metric in comparison.metrics]

@@ -301,6 +301,15 @@ def test_points_of_tokens_are_what_is_captured_and_what_is_beyond():
     assert whole.head_rows == (25, 32, 39, 40)
 
 
+@pytest.mark.parametrize("quick", [False, True])
+def test_more_sequences_than_a_step_holds(quick):
+    """Of decodes alone there is then no batch as large as what fits beside a chunk."""
+    grid, tables, _ = measured(room(graph_sizes=(), max_tokens=200, max_num_seqs=256), quick=quick)
+    assert grid.mixed_batches[-1] == grid.batches[-1] < 200 - BASE_CHUNK
+    found = tables["mixed"]["ns"][-1][0]
+    assert found is not None if quick else found == mixed_ns([16] * grid.batches[-1])  # quick: between points of tokens
+
+
 def test_a_graph_takes_so_many_chunks_and_longer_ones_beyond():
     found = make_grid(room(token_graph_sizes=(*TOKEN_GRAPHS, 4096, 7808), max_tokens=8192, max_num_seqs=256))
     assert [len(found.base(num).chunks) for num in found.tokens] == [1, 1, 1, 2, 64, 64, 123, 124, 128]

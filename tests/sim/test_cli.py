@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,8 @@ from gllm.cli import main as gllm
 from gllm.console.output import RUN_FILES, TRACE_NAME
 from gllm.core import Wait
 from gllm.sim.cli import main
-from gllm.sim.options import split_policies
+from gllm.sim.constants import RooflineConstants
+from gllm.sim.options import cost_constants, split_policies
 
 SIM_FILES = RUN_FILES - {TRACE_NAME}
 
@@ -120,6 +122,20 @@ def test_options_reach_the_configuration(capsys):
     constants = config["cost_constants"]
     assert (constants["host_ns"], constants["launch_ns"], constants["gemm_efficiency"]) == (7, 9, 0.5)
     assert config["gpu_memory_utilization"] == 0.8
+
+
+def test_every_constant_takes_what_it_is_by_default():
+    values = {field.name: field.default for field in fields(RooflineConstants)}
+    assert cost_constants([f"{name}={value}" for name, value in values.items()]) == RooflineConstants()
+    assert cost_constants(["logits_passes=0", "gemm_efficiency=1"]).logits_passes == 0.0
+    for text, wanted in (
+        ("gemm_efficiency=0", "a share of the peak, above 0 and at most 1"),
+        ("gemm_efficiency=1.1", "a share of the peak, above 0 and at most 1"),
+        ("logits_passes=-1", "a number, 0 to 10^12"),
+        ("host_ns=1.5", "a whole number, 0 to 10^12"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"--cost {text}: must be {wanted}")):
+            cost_constants([text])
 
 
 FILES = {

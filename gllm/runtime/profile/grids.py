@@ -203,8 +203,8 @@ def _beyond(batches: tuple[int, ...]) -> list[int]:
 
 
 def _mixed_batches(room: Room, context: int, batches: tuple[int, ...]) -> tuple[int, ...]:
-    """Decodes beside a base chunk; the last one fills the step or the slots."""
-    most = min(room.limits.max_num_seqs - 1, room.max_tokens - BASE_CHUNK)
+    """Decodes beside a base chunk; the last one fills the step or the slots, as far as so many decode alone."""
+    most = min(room.limits.max_num_seqs - 1, room.max_tokens - BASE_CHUNK, batches[-1])
     points = dict.fromkeys([*_up_to(most, batches), most])
     return tuple(num for num in points if room.fits(mixed(num, context, BASE_CHUNK)))
 

@@ -138,6 +138,10 @@ class Sampler:
         """
         return draw(logits_SV, slots_S, self._temperatures_N, self._seeds_N, self._steps_N)
 
+    def rehearse(self, logits_SV: Tensor, slots_S: Tensor) -> None:
+        """Take as much memory as rows do that are drawn and told with log-probabilities; nothing comes of it."""
+        sampling.top_logprobs(logits_SV, self.choose_plain(logits_SV, slots_S), MAX_LOGPROBS)
+
     def __call__(self, logits_SV: Tensor, slots: Sequence[int], slots_S: Tensor) -> Sampled:
         """The next token of each row, whatever its request asked for.
 

@@ -177,7 +177,7 @@ class Stage:
         if self._sampler is not None:
             num_sampled = min(self._max_num_seqs, num_tokens, MAX_SAMPLED)
             slots_R = torch.full((num_sampled,), self._table.padding_slot, device=device)
-            self._sampler.choose_plain(model.logits(x_TD[:num_sampled]), slots_R)
+            self._sampler.rehearse(model.logits(x_TD[:num_sampled]), slots_R)
 
     @torch.inference_mode()
     def run(self, step: Step) -> None:
