@@ -72,7 +72,7 @@ CAUSES = """\
   and 1.98 GHz otherwise. A profile of short bursts does not reproduce that: steps of 1,024-1,536 tokens are predicted
   4-5 % too fast, steps of 512-640 tokens up to 12 % too slow (sums over all steps of such a size).
 - One GPU, steps with chunks: attention takes more there than by itself, as the factors of the tables below have it.
-  Of up to 512 tokens decode attention takes 1.1 to 1.2 times the profile's, prefill attention 1.04 to 1.15 times. The
+  Of up to 512 tokens decode attention takes 1.08 to 1.17 times the profile's, prefill attention 1.04 to 1.15 times. The
   profile measured each alone; later ones measure decodes beside a chunk at several contexts.
 - Two GPUs: the second stage takes longer than the first for as many layers and the same batches, 6-7 % in steps of up
   to 16 tokens and mostly 12-30 % in larger ones; the head, which the profile has, is 3 % of it. The likely cause is

@@ -5,9 +5,12 @@ A step is padded to the next size. One beyond the largest is launched kernel by 
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from gllm.model_shape import ModelShape
 
 MAX_ROWS = 512
@@ -30,6 +33,11 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, MAX_ROWS + 1, 32)]
     largest = min(max_num_seqs, MAX_ROWS)
     return [*(size for size in sizes if size < largest), largest]
+
+
+def padded(num: int, sizes: Sequence[int]) -> int:
+    """What a step of no more than the largest size is padded to: the smallest one that is not below."""
+    return sizes[bisect_left(sizes, num)]
 
 
 def has_token_graphs(backend: str) -> bool:

@@ -123,13 +123,13 @@ def cost_constants(texts: list[str]) -> RooflineConstants:
 
 def _constant(field: Field[float], text: str) -> float:
     kind = int if isinstance(field.default, int) else float
-    most = 1 if field.name.endswith("_efficiency") else 10**12
+    is_share = field.name.endswith("_efficiency")
     try:
         value = kind(text)
     except ValueError:
         value = kind(-1)
-    if not 0 <= value <= most or (most == 1 and not value):
-        wanted = "a whole number, 0 to 10^12" if kind is int else "a number, 0 to 10^12"
-        wanted = "a share of the peak, above 0 and at most 1" if most == 1 else wanted
+    if not (0 < value <= 1 if is_share else 0 <= value <= 10**12):
+        number = "a whole number" if kind is int else "a number"
+        wanted = "a share of the peak, above 0 and at most 1" if is_share else f"{number}, 0 to 10^12"
         raise ValueError(f"--cost {field.name}={text}: must be {wanted}")
     return value

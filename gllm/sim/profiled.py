@@ -14,12 +14,13 @@ tables a part goes on as the roofline does, scaled to the nearest measured point
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
+from bisect import bisect_right
 from functools import cache, partial
 from math import fsum
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
+from gllm.graph_sizes import padded
 from gllm.parallel import Parallel
 from gllm.sim.constants import RooflineConstants
 from gllm.sim.cost import COMPONENTS
@@ -146,7 +147,7 @@ class Profiled:
             first = 0
         graph_ns = self._curve(curve, figure, part, unit)
         beyond_ns = self._curve(Curve(curve.at[first:], curve.ns[first:]), figure, part, unit)
-        return lambda num: graph_ns(_padded(num, sizes)) if sizes and num <= sizes[-1] else beyond_ns(num)
+        return lambda num: graph_ns(padded(num, sizes)) if sizes and num <= sizes[-1] else beyond_ns(num)
 
     def _rows(self, curve: Curve) -> Callable[[int], int]:
         time_ns = self._curve(curve, self._roofline.head, "the head", "rows")
@@ -165,7 +166,7 @@ class Profiled:
         if curve is None or not sizes:
             return eager_ns
         graph_ns = self._rows(curve)
-        return lambda num_rows: graph_ns(_padded(num_rows, sizes)) if 0 < num_rows <= sizes[-1] else eager_ns(num_rows)
+        return lambda num_rows: graph_ns(padded(num_rows, sizes)) if 0 < num_rows <= sizes[-1] else eager_ns(num_rows)
 
     def _decode_step(self, num_decode: int) -> _DecodeStep:
         return _DecodeStep(self._decode_ns(num_decode), self._decode_attention(num_decode), self._head_ns(num_decode))
@@ -235,11 +236,6 @@ class _DecodeStep(NamedTuple):
     base_ns: float
     attention_ns: Callable[[int], float]
     head_ns: int
-
-
-def _padded(num: int, sizes: Sequence[int]) -> int:
-    """The smallest captured size that is not below."""
-    return sizes[bisect_left(sizes, num)]
 
 
 class Residuals(NamedTuple):

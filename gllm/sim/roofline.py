@@ -19,13 +19,12 @@ below ours, and the most chunks of a step in a graph. The arithmetic is + - * / 
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from functools import cache, partial
 from math import fsum, sqrt
 from operator import itemgetter
 from typing import TYPE_CHECKING, NamedTuple
 
-from gllm.graph_sizes import MAX_TOKENS, graph_sizes, token_graph_sizes
+from gllm.graph_sizes import MAX_TOKENS, graph_sizes, padded, token_graph_sizes
 from gllm.parallel import Parallel
 from gllm.sim.constants import RooflineConstants
 from gllm.sim.cost import COMPONENTS
@@ -163,8 +162,8 @@ class _Rank:
 
 def _in_graph(num_tokens: int, sizes: Sequence[int]) -> tuple[int, bool]:
     """How many tokens a step computes, padding among them, and whether it is a graph of one of these sizes."""
-    index = bisect_left(sizes, num_tokens)
-    return (sizes[index], True) if index < len(sizes) else (num_tokens, False)
+    in_graph = bool(sizes) and num_tokens <= sizes[-1]
+    return padded(num_tokens, sizes) if in_graph else num_tokens, in_graph
 
 
 class Roofline:
@@ -228,10 +227,11 @@ class Roofline:
 
     def _step(self, num_tokens: int, sizes: Sequence[int]) -> list[tuple[float, int, int]]:
         """For each kind of stage: time beside attention, layers, and the least time of all."""
-        padded, in_graph = _in_graph(num_tokens, sizes)
+        num_computed, in_graph = _in_graph(num_tokens, sizes)
+        floors_ns = [0 if in_graph else self._rank.launch_ns(kind) for kind in self._kinds]
         return [
-            (fsum(self._token_parts(padded, kind)), kind.num_layers, 0 if in_graph else self._rank.launch_ns(kind))
-            for kind in self._kinds
+            (fsum(self._token_parts(num_computed, kind)), kind.num_layers, floor_ns)
+            for kind, floor_ns in zip(self._kinds, floors_ns, strict=True)
         ]
 
     def _prefill_attention_ns(self, work: Work) -> float:
@@ -271,8 +271,8 @@ class Roofline:
 
     def _kind_components(self, work: Work, kind: Stage) -> dict[str, float]:
         prefill, decode = work.num_prefill_tokens, work.num_decode_tokens
-        padded, in_graph = _in_graph(prefill + decode, self._chunked_sizes if prefill else self._decode_sizes)
-        gemm, all_reduce, other = self._token_parts(padded, kind)
+        num_computed, in_graph = _in_graph(prefill + decode, self._chunked_sizes if prefill else self._decode_sizes)
+        gemm, all_reduce, other = self._token_parts(num_computed, kind)
         decode_ns = work.decode_context * self._decode_key_ns + decode * self._decode_query_ns
         parts = {
             "gemm": gemm,

@@ -511,7 +511,7 @@ def test_host_times_are_taken_where_they_show_by_themselves():
 def test_mixed_batches_are_looked_at_by_size():
     tokens = (100, 128, 129, 3000)  # a decode among them
     made = made_record(
-        batches=[(0.001 * at, 9, at + 1, 5, 0, 1, -1, 0) for at in range(4)],
+        batches=[(0.001 * at, num - 1, 1, 5, 0, 1, -1, 0) for at, num in enumerate(tokens)],
         stages=[[(at, at + 0.001 * (at + 1))] for at in range(4)],
         done=[at + 0.5 for at in range(4)],
         num_stages=1,

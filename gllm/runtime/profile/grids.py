@@ -8,7 +8,7 @@ from itertools import cycle, islice, product
 from typing import TYPE_CHECKING
 
 from gllm.graph_sizes import MAX_CHUNKS
-from gllm.runtime.profile.steps import DRIFT, Mix, chunks, decodes, mixed, prompts, uneven_decodes
+from gllm.runtime.profile.steps import DRIFT, Mix, beside_chunk, chunks, decodes, prompts, uneven_decodes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -52,11 +52,6 @@ class Room:
             and num_blocks <= limits.num_blocks
         )
 
-    def is_in_graph(self, mix: Mix) -> bool:
-        """Whether its layers are a CUDA graph."""
-        sizes = self.token_graph_sizes if mix.chunks else self.graph_sizes
-        return bool(sizes) and mix.num_tokens <= sizes[-1] and len(mix.chunks) <= MAX_CHUNKS
-
     def base(self, num_tokens: int) -> Mix:
         """So many tokens in base chunks; in longer ones where a graph of their number does not take so many."""
         is_captured = self.token_graph_sizes != () and num_tokens <= self.token_graph_sizes[-1]
@@ -96,11 +91,11 @@ class Grid:
 
     def mixed(self, num: int, context: int) -> Mix:
         """The step behind `mixed`: the same decodes beside a base chunk."""
-        return replace(self.attending(num, context), chunks=((0, BASE_CHUNK),))
+        return beside_chunk(self.attending(num, context), BASE_CHUNK)
 
     def head(self, num: int) -> Mix:
         """The step behind `head`: decodes beside a chunk, or alone."""
-        mix = mixed(num, self.contexts[0], BASE_CHUNK)
+        mix = self.mixed(num, self.contexts[0])
         return mix if self.room.fits(mix) else self.decode(num)
 
     def num_each(self, num_tokens: int, start: int) -> int:
@@ -206,7 +201,7 @@ def _mixed_batches(room: Room, context: int, batches: tuple[int, ...]) -> tuple[
     """Decodes beside a base chunk; the last one fills the step or the slots, as far as so many decode alone."""
     most = min(room.limits.max_num_seqs - 1, room.max_tokens - BASE_CHUNK, batches[-1])
     points = dict.fromkeys([*_up_to(most, batches), most])
-    return tuple(num for num in points if room.fits(mixed(num, context, BASE_CHUNK)))
+    return tuple(num for num in points if room.fits(beside_chunk(decodes(num, context), BASE_CHUNK)))
 
 
 def _head_rows(room: Room, mixed_batches: tuple[int, ...], most: int) -> tuple[int, ...]:

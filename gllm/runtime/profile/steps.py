@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from gllm.runtime.messages import Admission, ChunkWork, Step
@@ -80,9 +80,9 @@ def prompts(num_tokens: int, size: int) -> Mix:
     return Mix(chunks=((0, size),) * num_whole + ((0, rest),) * bool(rest))
 
 
-def mixed(num: int, context: int, base_chunk: int) -> Mix:
-    """One chunk from position 0, and `num` decodes."""
-    return Mix(chunks=((0, base_chunk),), contexts=(context,) * num)
+def beside_chunk(mix: Mix, num_tokens: int) -> Mix:
+    """The same decodes, and one chunk of so many tokens from position 0."""
+    return replace(mix, chunks=((0, num_tokens),))
 
 
 class StepMaker:

@@ -69,7 +69,7 @@ class _Base:
         if right == num_tokens or right in self._graph_sizes:
             return self.ns[right]
         left = points[bisect_left(points, num_tokens) - 1]
-        return self.ns[left] + (self.ns[right] - self.ns[left]) * (num_tokens - left) // (right - left)
+        return _on_line((left, self.ns[left]), (right, self.ns[right]), num_tokens)
 
 
 def _attention_rows(grid: Grid, times: Mapping[Mix, Times]) -> dict[int, list[int | None]]:
@@ -95,13 +95,21 @@ def _mixed(grid: Grid, times: Mapping[Mix, Times], base: _Base, attention: Mappi
 
 def _between(rows: Mapping[int, list[int | None]], num: int, column: int) -> int | None:
     """As who reads the table sees it: on the line from one row to the next; None where one has nothing there."""
+    if num in rows:
+        return rows[num][column]
     points = list(rows)
-    right = points[bisect_left(points, num)]
-    left = right if right == num else points[bisect_left(points, num) - 1]
+    index = bisect_left(points, num)
+    left, right = points[index - 1], points[index]
     left_ns, right_ns = rows[left][column], rows[right][column]
     if left_ns is None or right_ns is None:
         return None
-    return left_ns + (right_ns - left_ns) * (num - left) // max(right - left, 1)
+    return _on_line((left, left_ns), (right, right_ns), num)
+
+
+def _on_line(left: tuple[int, int], right: tuple[int, int], at: int) -> int:
+    """Of the line through two points, in whole numbers."""
+    (left_at, left_ns), (right_at, right_ns) = left, right
+    return left_ns + (right_ns - left_ns) * (at - left_at) // (right_at - left_at)
 
 
 def _prefill_attention(grid: Grid, base: _Base) -> Table:

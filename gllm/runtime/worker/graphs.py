@@ -9,14 +9,13 @@ Shapes: S sequences, T tokens, R sampled rows, D hidden size.
 
 from __future__ import annotations
 
-import bisect
 import gc
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
-from gllm.graph_sizes import MAX_CHUNKS
+from gllm.graph_sizes import MAX_CHUNKS, padded
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -123,7 +122,7 @@ class DecodeGraphs:
         if hidden_SD is not None:
             assert self._hidden is not None, "the first stage has no hidden states to take in"
             self._hidden[:num].copy_(hidden_SD)
-        captured = self._newest = self._captured[_fitting(self._sizes, num)]
+        captured = self._newest = self._captured[padded(num, self._sizes)]
         captured.layers.replay()
         return captured.out_SD[:num]
 
@@ -141,7 +140,7 @@ class DecodeGraphs:
         """Tokens of some rows of any step's hidden states; overwritten like those of `choose`."""
         num = slots_R.numel()
         self._fill(slots_R)
-        captured = self._captured[_fitting(self._sizes, num)]
+        captured = self._captured[padded(num, self._sizes)]
         torch.index_select(x_TD, 0, rows_R, out=captured.out_SD[:num])
         return _chosen(captured, num)
 
@@ -211,17 +210,13 @@ class TokenGraphs:
         if hidden_TD is not None:
             assert self._hidden is not None, "the first stage has no hidden states to take in"
             self._hidden[:num_tokens].copy_(hidden_TD)
-        self._captured[_fitting(self._sizes, num_tokens)].replay()
+        self._captured[padded(num_tokens, self._sizes)].replay()
         assert self._out_TD is not None
         return self._out_TD[:num_tokens]
 
 
 def _room(num_rows: int, hidden_size: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
     return None if hidden_size is None else torch.zeros(num_rows, hidden_size, dtype=dtype, device=device)
-
-
-def _fitting(sizes: Sequence[int], num: int) -> int:
-    return sizes[bisect.bisect_left(sizes, num)]
 
 
 def _chosen(captured: _Captured, num: int) -> Tensor:

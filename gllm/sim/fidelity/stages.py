@@ -49,7 +49,6 @@ class Predictions:
     def __init__(self, cost: CostModel) -> None:
         self.cost = cost
         self.kinds: list[int] = []
-        self.num_tokens: list[int] = []
         self.depends_on: list[int] = []
         self.transfer_ns: list[int] = []
         self.gap_ns: list[int] = []
@@ -59,7 +58,6 @@ class Predictions:
     def watch(self, plan: Plan) -> None:
         """The next plan."""
         self.kinds.append(kind_of(plan.num_prefill_tokens, plan.num_decode_tokens))
-        self.num_tokens.append(plan.num_prefill_tokens + plan.num_decode_tokens)
         self.depends_on.append(plan.depends_on)
         self.transfer_ns.append(self.cost.transfer_ns(plan))
         self._stage_ns.append(self.cost.stage_ns(plan))
@@ -117,7 +115,8 @@ def stage_errors(predictions: Predictions, record: RunRecord) -> list[StageError
     """For each stage its kinds of micro-batches, as far as there are any, then all of them."""
     size = min(predictions.num_plans, record.batches.size)
     measured, predicted = (record.stage_end_ns - record.stage_start_ns)[:size], predictions.stage_ns[:size]
-    masks = _masks(np.array(predictions.kinds[:size], np.int64), np.array(predictions.num_tokens[:size], np.int64))
+    num_tokens = (record.batches["num_prefill_tokens"] + record.batches["num_decode_tokens"])[:size]
+    masks = _masks(np.array(predictions.kinds[:size], dtype=np.int64), num_tokens)
     found, parts_ns = [], {name: rows[:size] for name, rows in predictions.parts_ns().items()}
     for stage in range(measured.shape[1]):
         for kind, mask in masks.items():

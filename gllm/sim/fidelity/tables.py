@@ -108,8 +108,9 @@ def _part_cell(row: StageError, name: str) -> str:
     time_s, factor = row.components_s.get(name), row.factors.get(name)
     if time_s is None:
         return MISSING
-    is_sure = factor is not None and factor.standard_error < _SURE
-    return seconds(time_s) + (f" x{factor.value:.2f}" if factor is not None and is_sure else "")
+    if factor is None or factor.standard_error >= _SURE:
+        return seconds(time_s)
+    return f"{seconds(time_s)} x{factor.value:.2f}"
 
 
 def _wait_cells(row: WaitError) -> tuple[str, ...]:
