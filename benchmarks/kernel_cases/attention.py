@@ -67,6 +67,8 @@ CHUNKS = (
     Batch("8 x 2048 tokens", [2048] * 8, [2048] * 8),
     Batch("1 x 8192 tokens", [8192], [8192]),
     Batch("4 x 512 tokens after 1536", [2048] * 4, [512] * 4),
+    Batch("1 x 64 tokens after 8192", [8256], [64]),
+    Batch("1 x 256 tokens after 32768", [33024], [256]),
 )
 MIXED = Batch("128 decodes of 1000, 2 x 960 tokens", [1000] * 128 + [960] * 2, [1] * 128 + [960] * 2)
 
@@ -120,6 +122,7 @@ def chunk_plan_of(
         max_tokens=len(inputs.q) - num_decodes,
         max_chunks=len(inputs.kv_lens) - num_decodes,
         group_size=heads.num_heads // heads.num_kv_heads,
+        num_kv_heads=heads.num_kv_heads,
         head_dim=HEAD_DIM,
         dtype=DTYPE,
         tuning=tuning,

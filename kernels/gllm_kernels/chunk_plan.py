@@ -1,9 +1,14 @@
-"""Which rows of which chunk each program of the chunk kernel computes.
+"""Which rows of which chunk each program of the chunk kernel computes, and over which of their keys.
 
 The tokens of a chunk, each once for every query head of a group, are its rows, and a block of them is a program's work.
 Chunks of all lengths share a step, so who gets what is told by a list, made once a step on the device for all layers.
 
-Shapes: S sequences, J entries of the list.
+Few blocks with many keys leave most of a GPU idle. Their keys are then cut into parts, as Flash-Decoding (Dao et al.,
+2023) does for single queries: each part is a program's work, and whoever comes last merges what all left in float32.
+Only tiles that all rows of a block see are dealt; the last part has those at the diagonal besides, so that no row finds
+a part empty. How far to cut is the least of a small table of costs; a GPU that whole blocks fill is given whole blocks.
+
+Shapes: S sequences, J entries of the list, K KV heads, C parts of cut blocks, F candidates of how far to cut.
 """
 
 from __future__ import annotations
@@ -14,12 +19,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from gllm_kernels.decode_plan import planned_sequences
-from gllm_kernels.jit import runs_triton, tl, triton
+from gllm_kernels.jit import next_power_of_2, num_multiprocessors, runs_triton, tl, triton
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-PLANNED_ENTRIES = 16  # that one program of the planning kernel finds
+PLANNED_BLOCKS = 16  # that one program of the planning kernel lists
+MOST_PARTS = 32  # of a block, a power of two: one program merges them
 
 
 class Tuning(NamedTuple):
@@ -29,12 +35,18 @@ class Tuning(NamedTuple):
     tile: int  # keys read at a time
     num_warps: int
     num_stages: int
+    least_tiles: int = 4  # that a part has
+    programs_per_multiprocessor: int = 2  # which parts of cut blocks may make up: they need room
 
 
 class ChunkPlan(NamedTuple):
-    """Work of a step's programs: made once a step on the device, used by all layers."""
+    """Work of a step's programs: made once a step on the device, used by all layers one after another."""
 
-    entries_J2: Tensor  # int32, a sequence and the first of its rows; -1 for a sequence: nothing to do
+    entries_J5: Tensor
+    """int32: a sequence, the first of its rows, which part of their keys, of how many, and the first of these parts'
+    places in the scratch. -1 for a sequence: nothing to do."""
+    counters_CK: Tensor  # int32, how many parts are there, at the first part's place; zero between calls
+    scratch: Tensor  # float32, room for C partial results of each KV head
     tuning: Tuning
 
 
@@ -56,6 +68,7 @@ def plan_chunks(
     max_tokens: int,
     max_chunks: int,
     group_size: int,
+    num_kv_heads: int,
     head_dim: int,
     dtype: torch.dtype,
     tuning: Tuning | None = None,
@@ -69,6 +82,7 @@ def plan_chunks(
         max_tokens: of all chunks together, at most.
         max_chunks: how many there are at most.
         group_size: query heads per KV head.
+        num_kv_heads: KV heads of this rank.
         head_dim: of keys and values.
         dtype: of the cache.
         tuning: instead of what suits these shapes.
@@ -85,74 +99,205 @@ def plan_chunks(
             "must be one start more than lengths, and one number"
         )
     tuning = tuning or default_tuning(head_dim, dtype)
-    num_entries = max_tokens * group_size // tuning.rows + max_chunks  # a chunk's last block may be any part of one
-    plan = ChunkPlan(torch.empty(num_entries, 2, dtype=torch.int32, device=kv_lens_S.device), tuning)
+    num_blocks = max_tokens * group_size // tuning.rows + max_chunks  # a chunk's last block may be any part of one
+    plan = _empty_plan(num_blocks, num_kv_heads, head_dim, tuning, kv_lens_S.device)
     (plan_triton if runs_triton(kv_lens_S) else plan_reference)(plan, *tensors, group_size=group_size)
     return plan
+
+
+def _empty_plan(num_blocks: int, num_kv_heads: int, head_dim: int, tuning: Tuning, device: torch.device) -> ChunkPlan:
+    num_parts = max(2, num_multiprocessors(device) * tuning.programs_per_multiprocessor // num_kv_heads)
+    entries = torch.empty(num_blocks + num_parts, 5, dtype=torch.int32, device=device)
+    counters = torch.empty(num_parts, num_kv_heads, dtype=torch.int32, device=device)
+    scratch = torch.empty(counters.numel() * tuning.rows * (head_dim + 2), dtype=torch.float32, device=device)
+    return ChunkPlan(entries, counters, scratch, tuning)
 
 
 def plan_reference(
     plan: ChunkPlan, query_starts: Tensor, kv_lens_S: Tensor, num_decodes_1: Tensor, *, group_size: int
 ) -> None:
     """Plain torch, written into the plan."""
-    rows = plan.tuning.rows
-    counts_S = query_starts.diff().masked_fill(kv_lens_S == 0, 0)
-    counts_S[: int(num_decodes_1)] = 0
-    blocks_S = (counts_S * group_size + (rows - 1)).div(rows, rounding_mode="floor")
-    owners = torch.repeat_interleave(blocks_S.long())
+    rows, tile = plan.tuning.rows, plan.tuning.tile
+    has_chunk_S = kv_lens_S > 0
+    has_chunk_S[: int(num_decodes_1)] = False
+    counts_S = torch.where(has_chunk_S, query_starts.diff(), 0).long()
+    contexts_S = torch.where(has_chunk_S, kv_lens_S, 0) - counts_S
+    blocks_S = (counts_S * group_size + (rows - 1)) // rows
+    owners = torch.repeat_interleave(blocks_S)
     first_rows = (torch.arange(len(owners), device=owners.device) - (blocks_S.cumsum(0) - blocks_S)[owners]) * rows
-    plan.entries_J2.fill_(-1)
-    plan.entries_J2[: len(owners)] = torch.stack((owners, first_rows), 1).flip(0).to(torch.int32)
+    # The last rows of a chunk see the most keys: they go first.
+    owners, first_rows = owners.flip(0), first_rows.flip(0)
+    tiles = (contexts_S[owners] + first_rows // group_size + 1) // tile
+    wanted = _divide_up(tiles, _quota(plan, blocks_S, contexts_S, counts_S)).clamp(min=1)
+    in_scratch = wanted * (wanted > 1)
+    places = in_scratch.cumsum(0) - in_scratch
+    fits = places + in_scratch <= len(plan.counters_CK)
+    num_parts = torch.where(fits, wanted, 1)
+    of = torch.repeat_interleave(num_parts)
+    part = torch.arange(len(of), device=of.device) - (num_parts.cumsum(0) - num_parts)[of]
+    listed = owners[of], first_rows[of], part, num_parts[of], (places * (num_parts > 1))[of]
+    plan.entries_J5.fill_(-1)
+    plan.entries_J5[: len(of)] = torch.stack(listed, 1).int()
+    plan.counters_CK.zero_()
+
+
+def _quota(plan: ChunkPlan, blocks_S: Tensor, contexts_S: Tensor, counts_S: Tensor) -> int:
+    """The most tiles of a part, as `_find_quota` says."""
+    least, tile, num_kv_heads = plan.tuning.least_tiles, plan.tuning.tile, plan.counters_CK.shape[1]
+    most = int((contexts_S + counts_S).amax()) // tile
+    if most < 2 * least:
+        return max(most, 1)
+    parts_F = torch.arange(1, MOST_PARTS + 1, device=blocks_S.device)
+    quotas_F = _divide_up(most, parts_F).clamp(min=least)
+    means_S = (2 * contexts_S + counts_S) // (2 * tile)
+    parts_SF = _divide_up(means_S[:, None], quotas_F).clamp(min=1)
+    blocks_SF = blocks_S[:, None] * parts_SF
+    entries_F = blocks_SF.sum(0)
+    waves_F = _divide_up(entries_F * num_kv_heads, num_multiprocessors(blocks_S.device))
+    programs_F = waves_F * (4 * (blocks_S * means_S).sum() // entries_F + 4)
+    costs_F = torch.maximum(4 * quotas_F, programs_F) + (12 + 2 * parts_F) * (parts_F > 1)
+    fits_F = (blocks_SF * (parts_SF > 1)).sum(0) <= len(plan.counters_CK)
+    return int(quotas_F[torch.where(fits_F, costs_F * MOST_PARTS + parts_F, 2**31).argmin()])
+
+
+def _divide_up(number: Tensor | int, by: Tensor | int) -> Tensor:
+    return (number + by - 1) // by  # type: ignore[return-value]
 
 
 def plan_triton(
     plan: ChunkPlan, query_starts: Tensor, kv_lens_S: Tensor, num_decodes_1: Tensor, *, group_size: int
 ) -> None:
     """The same in one launch; its programs each add up all chunks."""
-    num_entries, num_sequences = len(plan.entries_J2), len(kv_lens_S)
-    _plan_chunks_kernel[(-(-num_entries // PLANNED_ENTRIES),)](
-        plan.entries_J2,
+    (num_entries, _), (num_places, num_kv_heads) = plan.entries_J5.shape, plan.counters_CK.shape
+    num_sequences = len(kv_lens_S)
+    _plan_chunks_kernel[(-(-num_entries // PLANNED_BLOCKS),)](
+        plan.entries_J5,
+        plan.counters_CK,
         query_starts,
         kv_lens_S,
         num_decodes_1,
         num_entries,
+        num_places,
         num_sequences,
+        num_multiprocessors(kv_lens_S.device),
+        NUM_KV_HEADS=num_kv_heads,
         GROUP_SIZE=group_size,
         ROWS=plan.tuning.rows,
+        TILE=plan.tuning.tile,
+        LEAST=plan.tuning.least_tiles,
+        PARTS=MOST_PARTS,
         SEQUENCES=planned_sequences(num_sequences),
-        ENTRIES=PLANNED_ENTRIES,
+        BLOCKS=PLANNED_BLOCKS,
+        COUNTERS=next_power_of_2(num_places * num_kv_heads),
+        num_warps=8 if num_sequences > 64 else 4,
     )
 
 
 @triton.jit(
-    do_not_specialize=["num_entries", "num_sequences"],
+    do_not_specialize=["num_entries", "num_places", "num_sequences", "num_multiprocessors"],
     do_not_specialize_on_alignment=["query_starts_ptr", "kv_lens_ptr", "num_decodes_ptr"],
 )
 def _plan_chunks_kernel(
     entries_ptr,
+    counters_ptr,
     query_starts_ptr,
     kv_lens_ptr,
     num_decodes_ptr,
     num_entries,
+    num_places,
     num_sequences,
+    num_multiprocessors,
+    NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    LEAST: tl.constexpr,
+    PARTS: tl.constexpr,
     SEQUENCES: tl.constexpr,
-    ENTRIES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    COUNTERS: tl.constexpr,
 ):
     sequence = tl.arange(0, SEQUENCES)
     has_chunk = (sequence < num_sequences) & (sequence >= tl.load(num_decodes_ptr))
-    has_chunk &= tl.load(kv_lens_ptr + sequence, mask=has_chunk, other=0) > 0
+    kv_lens = tl.load(kv_lens_ptr + sequence, mask=has_chunk, other=0)
+    has_chunk &= kv_lens > 0
     start = tl.load(query_starts_ptr + sequence, mask=has_chunk, other=0)
-    end = tl.load(query_starts_ptr + sequence + 1, mask=has_chunk, other=0)
-    blocks = ((end - start) * GROUP_SIZE + ROWS - 1) // ROWS
+    counts = tl.load(query_starts_ptr + sequence + 1, mask=has_chunk, other=0) - start
+    contexts = kv_lens - counts
+    blocks = (counts * GROUP_SIZE + ROWS - 1) // ROWS
     ends = tl.cumsum(blocks, 0)
     num_blocks = tl.sum(blocks, 0)
-    # The last rows of a chunk see the most keys: they go first, so that no long program starts at the end.
-    entry = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
-    at = num_blocks - 1 - entry
-    before = ends[None, :] <= at[:, None]
-    owner = tl.sum(before.to(tl.int32), 1)
-    first_row = (at - tl.sum(tl.where(before, blocks[None, :], 0), 1)) * ROWS
-    tl.store(entries_ptr + 2 * entry, tl.where(at >= 0, owner, -1), mask=entry < num_entries)
-    tl.store(entries_ptr + 2 * entry + 1, tl.where(at >= 0, first_row, -1), mask=entry < num_entries)
+    most = tl.max(kv_lens, 0) // TILE
+    quota = tl.maximum(most, 1)
+    if most >= 2 * LEAST:
+        quota = _find_quota(
+            blocks, contexts, counts, most, num_places, num_multiprocessors, NUM_KV_HEADS, TILE, LEAST, PARTS
+        )
+
+    own = tl.program_id(0) * BLOCKS
+    first, until, num_before, places_before = own, own + 1, own, own * 0
+    if quota < most:  # where a block's entries are depends on all before it
+        first, until, num_before = own * 0, tl.maximum(num_blocks, own + 1), own * 0
+    for at in range(first, until, BLOCKS):
+        # The last rows of a chunk see the most keys: they go first, so that no long program starts at the end.
+        block = num_blocks - 1 - (at + tl.arange(0, BLOCKS))
+        before = ends[None, :] <= block[:, None]
+        owner = tl.sum(before.to(tl.int32), 1)
+        first_row = (block - tl.sum(tl.where(before, blocks[None, :], 0), 1)) * ROWS
+        context = tl.sum(tl.where(sequence[None, :] == owner[:, None], contexts[None, :], 0), 1)
+        tiles = (context + first_row // GROUP_SIZE + 1) // TILE
+        wanted = tl.where(block >= 0, tl.maximum((tiles + quota - 1) // quota, 1), 0)
+        in_scratch = tl.where(wanted > 1, wanted, 0)
+        place = places_before + tl.cumsum(in_scratch, 0) - in_scratch
+        num_parts = tl.where(place + in_scratch <= num_places, wanted, tl.minimum(wanted, 1))
+        if at == own:
+            entry = num_before + tl.cumsum(num_parts, 0) - num_parts
+            for part in range(tl.max(num_parts, 0)):
+                to_ptr, listed = entries_ptr + 5 * (entry + part), part < num_parts
+                tl.store(to_ptr, owner, mask=listed)
+                tl.store(to_ptr + 1, first_row, mask=listed)
+                tl.store(to_ptr + 2, part, mask=listed)
+                tl.store(to_ptr + 3, num_parts, mask=listed)
+                tl.store(to_ptr + 4, tl.where(num_parts > 1, place, 0), mask=listed)
+        places_before += tl.sum(in_scratch, 0)
+        num_before += tl.sum(num_parts, 0)
+
+    num_listed = tl.where(quota < most, num_before, num_blocks)
+    number = 5 * own + tl.arange(0, 8 * BLOCKS)  # of this program's share of the list
+    empty = (number >= 5 * num_listed) & (number < 5 * tl.minimum(own + BLOCKS, num_entries))
+    tl.store(entries_ptr + number, -1, mask=empty)
+    if own == 0:
+        counter = tl.arange(0, COUNTERS)
+        tl.store(counters_ptr + counter, 0, mask=counter < num_places * NUM_KV_HEADS)
+
+
+@triton.jit
+def _find_quota(
+    blocks,
+    contexts,
+    counts,
+    most,
+    num_places,
+    num_multiprocessors,
+    NUM_KV_HEADS: tl.constexpr,
+    TILE: tl.constexpr,
+    LEAST: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    """The most tiles of a part, from 1 to `PARTS` parts of the longest block; chunks count with their means.
+
+    Costs are quarters of the time that a tile takes. A multiprocessor runs a program at a time: no wave is shorter than
+    a mean program and what starting one takes, and none ends before its longest part. Merging takes as long as three
+    tiles, and half a tile a part.
+    """
+    parts = 1 + tl.arange(0, PARTS)
+    quotas = tl.maximum((most + parts - 1) // parts, LEAST)
+    means = (2 * contexts + counts) // (2 * TILE)
+    cuts = tl.maximum((means[:, None] + quotas[None, :] - 1) // quotas[None, :], 1)
+    entries = tl.sum(blocks[:, None] * cuts, 0)
+    in_scratch = tl.sum(tl.where(cuts > 1, blocks[:, None] * cuts, 0), 0)
+    waves = (entries * NUM_KV_HEADS + num_multiprocessors - 1) // num_multiprocessors
+    programs = waves * (4 * tl.sum(blocks * means, 0) // entries + 4)
+    costs = tl.maximum(4 * quotas, programs) + tl.where(parts > 1, 12 + 2 * parts, 0)
+    best = tl.min(tl.where(in_scratch <= num_places, costs * PARTS + parts - 1, 2**31 - 1), 0) % PARTS + 1
+    return tl.maximum((most + best - 1) // best, LEAST)

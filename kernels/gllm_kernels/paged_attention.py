@@ -167,13 +167,15 @@ def _plan_chunks(
     q_THE: Tensor, keys_NPKE: Tensor, query_starts: Tensor, kv_lens_S: Tensor, num_decodes: int
 ) -> ChunkPlan:
     num_tokens, num_heads, head_dim = q_THE.shape
+    num_kv_heads = keys_NPKE.shape[2]
     return plan_chunks(
         query_starts,
         kv_lens_S,
         torch.full((1,), num_decodes, dtype=torch.int32, device=q_THE.device),
         max_tokens=num_tokens - num_decodes,
         max_chunks=len(kv_lens_S) - num_decodes,
-        group_size=num_heads // keys_NPKE.shape[2],
+        group_size=num_heads // num_kv_heads,
+        num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         dtype=keys_NPKE.dtype,
     )

@@ -65,7 +65,7 @@ def test_only_the_device_needs_to_know_who_decodes(batch, device):
     padded_lens = torch.cat((inputs.kv_lens, inputs.kv_lens.new_zeros(1)))
     starts = torch.cat((inputs.query_starts, inputs.query_starts.new_full((1,), 1 << 30)))
     one = torch.tensor([num_decodes], dtype=torch.int32, device=device)
-    kinds = {"head_dim": 64, "dtype": torch.float32}
+    heads, kinds = {"num_kv_heads": 2, "group_size": 2}, {"head_dim": 64, "dtype": torch.float32}
     q = torch.cat((inputs.q, torch.full_like(inputs.q[:9], float("nan"))))
     out = paged_attention(
         q,
@@ -78,10 +78,32 @@ def test_only_the_device_needs_to_know_who_decodes(batch, device):
         max_kv_len=1000,
         scale=inputs.scale,
         decode_plan=plan_decode(padded_lens[:most], num_heads=4, num_kv_heads=2, num_decodes_1=one, **kinds),
-        chunk_plan=plan_chunks(starts, padded_lens, one, max_tokens=len(q), max_chunks=most, group_size=2, **kinds),
+        chunk_plan=plan_chunks(starts, padded_lens, one, max_tokens=len(q), max_chunks=most, **heads, **kinds),
         backend="triton",
     )
     assert error(out[: len(inputs.q)], truth(inputs)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.usefixtures("kernels_everywhere")
+def test_layers_share_plans_with_cut_chunks(monkeypatch, device):
+    monkeypatch.setattr(chunk_plan, "num_multiprocessors", lambda _: 132)
+    kinds = {"head_dim": 64, "dtype": torch.float32}
+    inputs = draw(
+        [9, 70, 600, 37], [1, 1, 20, 5], page=16, heads=2, group=2, width=64, device=device, dtype=torch.float32
+    )
+    two = torch.tensor([2], dtype=torch.int32, device=device)
+    sizes = {"max_tokens": len(inputs.q), "max_chunks": 4, "num_kv_heads": 2, "group_size": 2}
+    cut = plan_chunks(inputs.query_starts, inputs.kv_lens, two, **sizes, **kinds)
+    assert (cut.entries_J5[:, 3] > 1).any()
+    settings = {"num_decodes": 3, "max_query_len": 20, "max_kv_len": 600, "scale": inputs.scale, "backend": "triton"}
+    tables = {"query_starts": inputs.query_starts, "kv_lens_S": inputs.kv_lens, "block_tables_SB": inputs.tables}
+    plans = {
+        "decode_plan": plan_decode(inputs.kv_lens[:3], num_heads=4, num_kv_heads=2, num_decodes_1=two, **kinds),
+        "chunk_plan": cut,
+    }
+    for _ in range(2):
+        out = paged_attention(*inputs.tensors, **tables, **settings, **plans)
+        assert error(out, truth(inputs)) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.gpu

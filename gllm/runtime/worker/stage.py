@@ -262,6 +262,7 @@ class Stage:
                 max_tokens=rows.num_tokens,
                 max_chunks=rows.num_chunks,
                 group_size=num_heads // num_kv_heads,
+                num_kv_heads=num_kv_heads,
                 head_dim=shape.head_dim,
                 dtype=self.model.dtype,
             )
