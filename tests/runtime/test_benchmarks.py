@@ -26,6 +26,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 try:
     from decode_step import NUM_PROFILED, Span
+    from edges import SENT_ROWS, STEP_ROWS, combine
     from engines.gllm import with_budget
     from latency import bytes_per_step
     from model_folder import model_folder
@@ -303,10 +304,26 @@ def test_bad_input_ends_in_one_line(name, args, reason):
     assert reason in line
 
 
-@pytest.mark.parametrize("name", ["throughput", "latency", "serving", "prefix"])
+@pytest.mark.parametrize("name", ["throughput", "latency", "serving", "prefix", "edges"])
 def test_help_needs_nothing(name):
     out, _ = script(name, "--help")
     assert "python benchmarks/" in out
+
+
+def test_what_an_edge_costs():
+    """The worse end counts, and each number comes from the end that measured it."""
+    sent = {rows: {"bytes": rows, "latency_us": 10.0, "ready_us": 0.0} for rows in SENT_ROWS}
+    sender = {"steps": {rows: {"alone_us": 100.0, "sender_us": 105.0} for rows in STEP_ROWS}, "sent": sent}
+    received = {rows: {"bytes": rows, "latency_us": 0.0, "ready_us": 7.0} for rows in SENT_ROWS}
+    receiver = {"steps": {rows: {"alone_us": 200.0, "receiver_us": 230.0} for rows in STEP_ROWS}, "sent": received}
+    for step in (*sender["steps"].values(), *receiver["steps"].values()):
+        step |= {key: 0.0 for key in ("sender_us", "receiver_us") if key not in step}
+    result = combine(sender | {"activities": []}, receiver)
+    assert result["slower_by"] == pytest.approx(0.2)  # (230 - 200 + 10) / 200
+    assert [each["ready_us"] for each in result["sent"].values()] == [7.0] * 3
+    for step in sender["steps"].values():
+        step["sender_us"] = 150.0
+    assert combine(sender | {"activities": []}, receiver)["slower_by"] == pytest.approx(0.5)
 
 
 def test_latency(tmp_path):

@@ -53,7 +53,7 @@ def _memory_that_fails(rank):
                 if name == failing and rank == 1:
                     raise RuntimeError(f"{name} failed\nand more")
                 done.append(name)
-                return symmetric.SharedMemory(None)
+                return symmetric.MappedMemory([16, 32], None, None)
 
             setattr(symmetric, name, step)
         try:

@@ -6,6 +6,8 @@ other, and an activation must not wait behind another edge's.
 
 from __future__ import annotations
 
+import math
+import os
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,14 +16,24 @@ import torch
 import torch.distributed as dist
 from gllm_kernels.all_reduce import all_reduce_triton, takes
 
+from gllm.console.terminal import warn
 from gllm.runtime.shard import Shard, SoloCommunicator
+from gllm.runtime.worker.ring import Ring, share_ring
 from gllm.runtime.worker.symmetric import NoSharedMemoryError, SharedMemory, share_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from gllm.model_shape import ModelShape
     from gllm.parallel import Parallel
+
+EDGES = "GLLM_EDGES"
+"""Environment, to measure one way beside another: how tensors go from stage to stage on GPUs (`Edge`)."""
+
+EDGE_KINDS = ("nccl", "late", "copy")
+
+_MAX_SLOT_BYTES = 32 << 20  # 3 to 6 such slots at both ends of each edge
+_TOKENS_BYTES = 64 << 10  # 8192 sampled tokens; what is larger goes through NCCL
 
 # Its names since torch 2.13 and before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -59,34 +71,78 @@ class StageCommunicator:
 class Edge:
     """One way from one rank to another; tensors arrive in the order in which they were sent.
 
-    On GPUs nobody's computing stream waits for a send, and it waits for a receive only where the tensor is needed:
-    transfers start on a stream of their own, into memory that belongs to that stream.
+    On GPUs nobody's computing stream waits for a send, and it waits for a receive only where the tensor is needed.
+    `kind` says how:
+
+        nccl    a receive starts as soon as the host launches it, on a stream of its own, into memory that belongs to
+                that stream; it holds multiprocessors until the tensor has come
+        late    the same, behind all that the current stream has been given before
+        copy    through a ring in the receiver's memory, with no kernel that waits (`ring`); what is larger than its
+                slots goes late, as all does if the two GPUs share no memory
+
+    Args:
+        sender: a rank.
+        receiver: another.
+        max_in_flight: steps that may be on the road.
+        largest_bytes: of a tensor that is worth a slot of the ring.
     """
 
-    def __init__(self, sender: int, receiver: int, max_in_flight: int) -> None:
+    def __init__(self, sender: int, receiver: int, max_in_flight: int, largest_bytes: int = _MAX_SLOT_BYTES) -> None:
         self._sender, self._receiver, self._max_in_flight = sender, receiver, max_in_flight
+        self._slot_bytes = min(largest_bytes, _MAX_SLOT_BYTES)
+        self._kind = edge_kind()
         self._group = dist.new_group([sender, receiver])
-        self._stream: torch.cuda.Stream | None = None  # of the receiver, if it is a GPU
+        self._stream: torch.cuda.Stream | None = None  # for transfers, on a GPU
+        self._ring: Ring | None = None
+        self._why_no_ring = f"{EDGES}={self._kind}"
         self._sent: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self._expected: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self._copied: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
+
+    @property
+    def method(self) -> str:
+        """How tensors go, in words."""
+        return "copy" if self._ring is not None else f"process group ({self._why_no_ring})"
 
     def greet(self, rank: int, device: torch.device) -> None:
         """Connect both ends now: NCCL's first call on a group waits for the other end's, which may have to wait first.
 
         All ranks greet along the same edges in the same order.
         """
+        if rank not in (self._sender, self._receiver):
+            return
         hello = torch.zeros(1, device=device)
         if rank == self._sender:
             dist.send(hello, self._receiver, group=self._group)
-        elif rank == self._receiver:
+        else:
             dist.recv(hello, self._sender, group=self._group)
-            if device.type == "cuda":
-                self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        if self._kind == "copy":
+            self._share_ring(device, is_sender=rank == self._sender)
+
+    def _share_ring(self, device: torch.device, *, is_sender: bool) -> None:
+        num_slots = self._max_in_flight + 1
+        try:
+            self._ring = share_ring(
+                self._group, device, is_sender=is_sender, num_slots=num_slots, slot_bytes=self._slot_bytes
+            )
+        except NoSharedMemoryError as error:
+            self._why_no_ring = str(error)
+            if is_sender:  # whoever compares ways must know which one this is
+                warn(f"{EDGES}=copy: rank {self._sender} sends to {self._receiver} through the process group: {error}")
+
+    def _ring_for(self, num_bytes: int) -> Ring | None:
+        """Both ends know the size, so they agree."""
+        return self._ring if self._ring is not None and num_bytes <= self._ring.slot_bytes else None
 
     def send(self, tensor: torch.Tensor) -> None:
         """Send without waiting; the tensor must not be written any more."""
         tensor = tensor.contiguous()
+        ring = self._ring_for(tensor.nbytes)
+        if ring is not None:
+            self._put(ring, tensor)
+            return
         work = dist.isend(tensor, self._receiver, group=self._group)
         assert work is not None, "the sender is in the group"
         self._sent.append((work, tensor))
@@ -96,14 +152,30 @@ class Edge:
         elif len(self._sent) > self._max_in_flight:  # received long ago, which gloo tells only to who waits for it
             self._sent.popleft()[0].wait()
 
+    def _put(self, ring: Ring, tensor: torch.Tensor) -> None:
+        assert self._stream is not None, "a ring is between GPUs"
+        self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        ring.put(self._stream.cuda_stream, tensor.data_ptr(), tensor.nbytes)
+        self._keep_until_copied(tensor, self._stream)
+
+    def _keep_until_copied(self, tensor: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        """Hold memory that a stream copies from and knows nothing of until it has; then it may be used again."""
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record(stream)
+        self._copied.append((copied, tensor))
+        while self._copied and self._copied[0][0].query():  # type: ignore[no-untyped-call]
+            self._copied.popleft()
+
     def expect(self, size: Sequence[int], dtype: torch.dtype) -> None:
         """Start to receive the next tensor that no call expects yet, long before `receive`; nobody waits.
 
-        Of use on GPUs only: the transfer then does not begin behind what the receiver has yet to compute. It holds
-        a multiprocessor until the tensor has come.
+        Of use on GPUs only, and of none to a ring: the transfer then does not begin behind what the receiver has yet
+        to compute. It holds multiprocessors until the tensor has come.
         """
-        if self._stream is None:
+        if self._stream is None or self._ring_for(math.prod(size) * dtype.itemsize) is not None:
             return
+        if self._kind != "nccl":
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with torch.cuda.stream(self._stream):
             arriving = torch.empty(size, dtype=dtype, device=self._stream.device)
             work = dist.irecv(arriving, self._sender, group=self._group)
@@ -111,9 +183,14 @@ class Edge:
         self._expected.append((work, arriving))
 
     def receive(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Fill `tensor` with the next one sent."""
+        """Fill `tensor`, which is contiguous, with the next one sent."""
         if self._stream is None:
             dist.recv(tensor, self._sender, group=self._group)
+            return tensor
+        current, ring = torch.cuda.current_stream(self._stream.device), self._ring_for(tensor.nbytes)
+        if ring is not None:
+            assert tensor.is_contiguous(), "a ring copies bytes"
+            ring.take(current.cuda_stream, tensor.data_ptr(), tensor.nbytes)
             return tensor
         if not self._expected:
             self.expect(tensor.shape, tensor.dtype)
@@ -121,13 +198,20 @@ class Edge:
         assert (arriving.shape, arriving.dtype) == (tensor.shape, tensor.dtype), "expected otherwise"
         work.wait()  # the current stream does, not the host
         tensor.copy_(arriving)
-        # The memory is the other stream's, which knows nothing of the copy: it is given back when that is done.
-        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        copied.record()
-        self._copied.append((copied, arriving))
-        while self._copied and self._copied[0][0].query():  # type: ignore[no-untyped-call]
-            self._copied.popleft()
+        self._keep_until_copied(arriving, current)
         return tensor
+
+
+def edge_kind() -> str:
+    """What the environment asks for.
+
+    Raises:
+        ValueError: it asks for something else.
+    """
+    kind = os.environ.get(EDGES, "").lower() or EDGE_KINDS[0]
+    if kind not in EDGE_KINDS:
+        raise ValueError(f"{EDGES}={kind} is unknown; set it to one of {', '.join(EDGE_KINDS)}")
+    return kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,9 +224,24 @@ class Neighbours:
 
 
 def connect(
-    parallel: Parallel, shape: ModelShape, rank: int, device: torch.device, max_in_flight: int
+    parallel: Parallel,
+    shape: ModelShape,
+    rank: int,
+    device: torch.device,
+    max_in_flight: int,
+    *,
+    largest_bytes: int = _MAX_SLOT_BYTES,
 ) -> tuple[Shard, Neighbours]:
-    """Make all groups, in the same order on every rank; return this rank's."""
+    """Make all groups, in the same order on every rank; return this rank's.
+
+    Args:
+        parallel: how the model is cut.
+        shape: of the model.
+        rank: this one.
+        device: where it computes.
+        max_in_flight: steps that may be on the road.
+        largest_bytes: of the largest step's hidden states.
+    """
     tp, pp = parallel.tp, parallel.pp
     stage, tp_rank = divmod(rank, tp)
     communicator: StageCommunicator | SoloCommunicator = SoloCommunicator()
@@ -160,7 +259,13 @@ def connect(
         is_last=stage == pp - 1,
         group=communicator,
     )
-    return shard, _edges(parallel, rank, device, max_in_flight)
+    return shard, _edges(
+        parallel,
+        rank,
+        device,
+        lambda sender, receiver: Edge(sender, receiver, max_in_flight, largest_bytes),
+        lambda sender, receiver: Edge(sender, receiver, max_in_flight, _TOKENS_BYTES),
+    )
 
 
 def _communicator(group: dist.ProcessGroup, rank: int, size: int, device: torch.device) -> StageCommunicator:
@@ -171,13 +276,20 @@ def _communicator(group: dist.ProcessGroup, rank: int, size: int, device: torch.
         return StageCommunicator(group, rank, size, why_none=str(error))
 
 
-def _edges(parallel: Parallel, rank: int, device: torch.device, max_in_flight: int) -> Neighbours:
+def _edges(
+    parallel: Parallel,
+    rank: int,
+    device: torch.device,
+    hidden: Callable[[int, int], Edge],
+    tokens: Callable[[int, int], Edge],
+) -> Neighbours:
+    """`hidden`, `tokens`: make an edge from one rank to another."""
     pp, tp = parallel.pp, parallel.tp
     if pp == 1:
         return Neighbours(None, None, None)
     mine: dict[str, Edge] = {}
     for sender in range((pp - 1) * tp):
-        edge = Edge(sender, sender + tp, max_in_flight)
+        edge = hidden(sender, sender + tp)
         edge.greet(rank, device)
         if sender == rank:
             mine["after"] = edge
@@ -185,7 +297,7 @@ def _edges(parallel: Parallel, rank: int, device: torch.device, max_in_flight: i
             mine["before"] = edge
     for tp_rank in range(tp):
         last = (pp - 1) * tp + tp_rank
-        edge = Edge(last, tp_rank, max_in_flight)
+        edge = tokens(last, tp_rank)
         edge.greet(rank, device)
         if rank in (last, tp_rank):
             mine["tokens"] = edge

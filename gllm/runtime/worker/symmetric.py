@@ -1,4 +1,4 @@
-"""Memory that the GPUs of a stage all read and write, through torch's symmetric memory; never NVLink's multicast.
+"""Memory that some GPUs of a host all read and write, through torch's symmetric memory; never NVLink's multicast.
 
 torch.distributed._symmetric_memory (alpha; as the documentation of torch 2.11 has it): every rank allocates the same
 size, then `rendezvous` tells each where it sees the others' memory. torch's own one-shot and two-shot sums are not
@@ -34,6 +34,14 @@ class SharedMemory(NamedTuple):
     alive: tuple[object, ...] = ()
 
 
+class MappedMemory(NamedTuple):
+    """A buffer on each rank of a group, as one of them sees them."""
+
+    addresses: list[int]  # of every rank's, on this device
+    mine: torch.Tensor  # bytes, zero at first
+    handle: object  # must live as long as anybody uses them
+
+
 class NoSharedMemoryError(Exception):
     """The ranks share no memory; says why. Raised on all of them or on none."""
 
@@ -47,13 +55,23 @@ def share_memory(group: dist.ProcessGroup, device: torch.device) -> SharedMemory
     Raises:
         NoSharedMemoryError: some rank cannot.
     """
-    _together(group, lambda: _check(group, device))
+    together(group, lambda: _check(group, device))
+    mapped = map_memory(group, device, BUFFER_BYTES)
+    peers = together(group, lambda: make_peers(mapped.addresses, dist.get_rank(group), device))
+    together(group, lambda: _try_out(peers, device))
+    return SharedMemory(peers, mapped)
+
+
+def map_memory(group: dist.ProcessGroup, device: torch.device, num_bytes: int) -> MappedMemory:
+    """So many bytes on each GPU of a group, zero at first, that all may read and write; all ranks call this.
+
+    Raises:
+        NoSharedMemoryError: some rank cannot.
+    """
     places = _everyones(group, (socket.gethostname(), device.index))
-    _together(group, lambda: _check_reach(places, device))
-    tensor = _together(group, lambda: _allocate(group, device))
-    memory = _together(group, lambda: _rendezvous(group, tensor, device))
-    _together(group, lambda: _try_out(memory.peers, device))
-    return memory
+    together(group, lambda: _check_reach(places, device))
+    tensor = together(group, lambda: _allocate(group, device, num_bytes))
+    return together(group, lambda: _rendezvous(group, tensor, device))
 
 
 def _everyones(group: dist.ProcessGroup, mine: object) -> list[Any]:
@@ -62,12 +80,16 @@ def _everyones(group: dist.ProcessGroup, mine: object) -> list[Any]:
     return told
 
 
-def _together(group: dist.ProcessGroup, step: Callable[[], _T]) -> _T:
-    """Do it on every rank; if it fails on any, fail on all, with the first one's reason."""
+def together(group: dist.ProcessGroup, step: Callable[[], _T]) -> _T:
+    """Do it on every rank; if it fails on any, fail on all, with the first one's reason.
+
+    Raises:
+        NoSharedMemoryError: it failed somewhere.
+    """
     result, why = None, ""
     try:
         result = step()
-    except Exception as error:  # noqa: BLE001 - sums are possible without; the reason is kept
+    except Exception as error:  # noqa: BLE001 - all is possible without; the reason is kept
         why = str(error) or type(error).__name__
     for told in _everyones(group, why):
         if told:
@@ -97,22 +119,22 @@ def _check_reach(places: list[tuple[str, int]], device: torch.device) -> None:
         raise NoSharedMemoryError("a GPU cannot reach another's memory")
 
 
-def _allocate(group: dist.ProcessGroup, device: torch.device) -> torch.Tensor:
+def _allocate(group: dist.ProcessGroup, device: torch.device, num_bytes: int) -> torch.Tensor:
     """An allocation of its own, as torch makes its workspace; `symmetric_memory.empty` may cut one from a pool."""
     from torch._C._distributed_c10d import _SymmetricMemory  # noqa: PLC0415 - not part of every build of torch
 
-    return _SymmetricMemory.empty_strided_p2p((BUFFER_BYTES,), [1], torch.uint8, device, group.group_name).zero_()
+    return _SymmetricMemory.empty_strided_p2p((num_bytes,), [1], torch.uint8, device, group.group_name).zero_()
 
 
-def _rendezvous(group: dist.ProcessGroup, tensor: torch.Tensor, device: torch.device) -> SharedMemory:
+def _rendezvous(group: dist.ProcessGroup, tensor: torch.Tensor, device: torch.device) -> MappedMemory:
     from torch.distributed import _symmetric_memory  # noqa: PLC0415 - not part of every build of torch
 
     torch.cuda.synchronize(device)  # zeros are there before anybody else looks
     handle = _symmetric_memory.rendezvous(tensor, group.group_name)
-    addresses, rank = list(handle.buffer_ptrs), dist.get_rank(group)
-    if addresses[rank] != tensor.data_ptr():
+    addresses = list(handle.buffer_ptrs)
+    if addresses[dist.get_rank(group)] != tensor.data_ptr():
         raise NoSharedMemoryError("the buffer is not where the rendezvous says")
-    return SharedMemory(make_peers(addresses, rank, device), (tensor, handle))
+    return MappedMemory(addresses, tensor, handle)
 
 
 def _try_out(peers: Peers, device: torch.device) -> None:

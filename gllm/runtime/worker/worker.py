@@ -197,8 +197,15 @@ class Worker:
         self._policy = parse_policy(config.policy)
         if device.type == "cpu":
             torch.set_num_threads(num_threads(model, config.num_local_workers))
-        shard, self._neighbours = connect(config.parallel, model.shape, rank, device, self._limits.max_in_flight)
         dtype = choose_dtype(config, model, device)
+        shard, self._neighbours = connect(
+            config.parallel,
+            model.shape,
+            rank,
+            device,
+            self._limits.max_in_flight,
+            largest_bytes=self._max_tokens * model.shape.hidden_size * dtype.itemsize,
+        )
         self._backend = choose_backend(
             config.attention_backend,
             device=device,
