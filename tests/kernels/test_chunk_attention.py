@@ -26,7 +26,7 @@ def plan_of(inputs, tuning=None, first=FIRST):
     return plan_chunks(
         inputs.query_starts,
         inputs.kv_lens,
-        torch.tensor([first], dtype=torch.int32, device=inputs.q.device),
+        torch.full((1,), first, dtype=torch.int32, device=inputs.q.device),
         max_tokens=len(inputs.q) - first,
         max_chunks=len(inputs.kv_lens) - first,
         group_size=inputs.q.shape[1] // inputs.keys.shape[2],
