@@ -22,8 +22,9 @@ from gllm.runtime.profile import command, profiler
 from gllm.runtime.profile.command import gist
 from gllm.runtime.profile.grids import BASE_CHUNK, MOST_EACH, Room, make_grid, random_mixes
 from gllm.runtime.profile.host import host_times
+from gllm.runtime.profile.measure import measure
 from gllm.runtime.profile.session import Session
-from gllm.runtime.profile.steps import DRIFT, MAX_REPEATS, Mix, StepMaker, uneven_decodes
+from gllm.runtime.profile.steps import DRIFT, MAX_REPEATS, Mix, StepMaker, prompts, uneven_decodes
 from gllm.sim.cost import batch_work
 from gllm.sim.gpus import get_gpu
 from gllm.sim.profile import read_profile
@@ -430,6 +431,30 @@ def test_a_gpus_cache_is_filled_first():
         maker = StepMaker(grid.room.limits, VOCAB_SIZE, max_tokens=grid.room.max_tokens, first_plan=FIRST_PLAN)
         profiler._fill(Session(workers, num_stages=1, max_in_flight=2), maker, grid.room)
         assert workers.written == set(range(num_blocks))
+
+
+class HotWorkers(FakeWorkers):
+    """A third of a second of work, and all takes a fifth longer."""
+
+    def cost(self, mix):
+        layers, head, gap = super().cost(mix)
+        return (layers * 6 // 5 if self.now_ns > 333_000_000 else layers), head, gap
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize(
+    ("num_tokens", "settles", "is_hot"), [(1000, True, True), (1000, False, False), (128, True, False)]
+)
+def test_large_steps_are_measured_when_the_clock_has_settled(depth, num_tokens, settles, is_hot):
+    where = room(depth=depth, max_in_flight=depth + 1)
+    workers = HotWorkers(where)
+    maker = StepMaker(where.limits, VOCAB_SIZE, max_tokens=where.max_tokens, first_plan=FIRST_PLAN)
+    session = Session(workers, num_stages=depth, max_in_flight=depth + 1)
+    mix = prompts(num_tokens, BASE_CHUNK)
+    times = measure(session, maker, mix, settles=settles)
+    layers, _, gap = FakeWorkers(where).cost(mix)
+    assert times.layers_ns == (layers * 6 // 5 if is_hot else layers)
+    assert times.gap_ns == gap
 
 
 @pytest.mark.parametrize("few", [{"max_tokens": 127}, {"max_num_seqs": 1}, {"max_model_len": 63}, {"num_blocks": 7}])

@@ -97,7 +97,7 @@ def _measured(args: Namespace, config: RuntimeConfig, model: ModelConfig) -> Pro
             room(config, model.shape, limits, device),
             policy=config.policy,
             vocab_size=model.shape.vocab_size,
-            fills_cache=device != "cpu",
+            on_gpu=device != "cpu",
             quick=args.quick,
             quiet=args.quiet,
         )

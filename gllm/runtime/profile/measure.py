@@ -1,4 +1,9 @@
-"""How long a mix takes: medians over steps in a row."""
+"""How long a mix takes: medians over steps in a row.
+
+A GPU draws more power in large steps than it may for long: within half a second of them an H200 lowers its clock, and
+a step of 1,024 tokens of Qwen3-8B takes a fifth longer than after a rest (benchmarks/NOTES.md, 2026-11-23). Traffic
+that is worth a prediction has many of them, so they are measured in that state. Steps of 128 tokens know no such thing.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +20,13 @@ if TYPE_CHECKING:
     from gllm.runtime.profile.session import Session, Stamps
     from gllm.runtime.profile.steps import Mix, StepMaker
 
+    Round = Sequence[tuple[Stamps, ...]]  # steps in a row, each by stage
+
 _NUM_WARM = 2
 _MIN_REPEATS = 3
 _POINT_NS = 150_000_000  # that a mix is measured for, if it takes neither too few nor too many steps
+_SETTLED_NS = 500_000_000  # of large steps: the clock comes closer by two thirds of the way every 100 to 150 ms
+_SMALL_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +40,7 @@ class Times:
     transfer_ns: int | None = None  # from a stage's end to the next one's start; None: there is one stage
 
 
-def measure(session: Session, maker: StepMaker, mix: Mix, *, alone: bool = False) -> Times:
+def measure(session: Session, maker: StepMaker, mix: Mix, *, alone: bool = False, settles: bool = False) -> Times:
     """Warm up, choose how often to repeat, and measure.
 
     Args:
@@ -39,11 +48,25 @@ def measure(session: Session, maker: StepMaker, mix: Mix, *, alone: bool = False
         maker: of its steps.
         mix: what to compute.
         alone: each step when the one before is back, so that every stage waits for it.
+        settles: a large step is repeated until the GPU has the clock that it keeps.
     """
     *_, warm = _repeat(session, maker, mix, _NUM_WARM, alone=alone)
-    times = _repeat(session, maker, mix, _num_repeats(warm[-1].end_ns - warm[0].start_ns), alone=alone)
+    num = _num_repeats(warm[-1].end_ns - warm[0].start_ns)
+    rounds = [_repeat(session, maker, mix, num, alone=alone)]
+    start_ns = warm[0].start_ns
+    while settles and mix.num_tokens > _SMALL_TOKENS and rounds[-1][-1][0].end_ns < start_ns + _SETTLED_NS:
+        rounds.append(_repeat(session, maker, mix, num, alone=alone))
+    return _times([each for each in rounds if each[0][0].start_ns >= start_ns + _SETTLED_NS * 2 // 3] or rounds[-1:])
+
+
+def _times(rounds: Sequence[Round]) -> Times:
+    times = [step for steps in rounds for step in steps]
     layers = [sum(stage.head_ns - stage.start_ns for stage in step) for step in times]
-    gaps = [[after.start_ns - before.end_ns for before, after in pairwise(stage)] for stage in zip(*times, strict=True)]
+    by_stage = [zip(*steps, strict=True) for steps in rounds]  # the stamps of each stage
+    gaps = [
+        [after.start_ns - before.end_ns for stage in stages for before, after in pairwise(stage)]
+        for stages in zip(*by_stage, strict=True)
+    ]
     transfers = [after.start_ns - before.end_ns for step in times for before, after in pairwise(step)]
     return Times(
         layers_ns=median_low(layers),
@@ -54,7 +77,7 @@ def measure(session: Session, maker: StepMaker, mix: Mix, *, alone: bool = False
     )
 
 
-def _repeat(session: Session, maker: StepMaker, mix: Mix, num: int, *, alone: bool) -> Sequence[tuple[Stamps, ...]]:
+def _repeat(session: Session, maker: StepMaker, mix: Mix, num: int, *, alone: bool) -> Round:
     before, steps = maker.make(mix, num)
     return session.run([*before, *steps], max_in_flight=1 if alone else None)[len(before) :]
 

@@ -24,7 +24,7 @@ _FILLING_CHUNK = 512
 
 
 def take_profile(
-    workers: Workers, room: Room, *, policy: str, vocab_size: int, fills_cache: bool, quick: bool, quiet: bool
+    workers: Workers, room: Room, *, policy: str, vocab_size: int, on_gpu: bool, quick: bool, quiet: bool
 ) -> dict[str, Any]:
     """All that is measured.
 
@@ -33,8 +33,8 @@ def take_profile(
         room: for steps.
         policy: of the engine.
         vocab_size: of the model.
-        fills_cache: first compute keys and values into every block: what a GPU draws, and with it its clock, depends
-            on the numbers that it moves.
+        on_gpu: its clock depends on what it draws, so first compute keys and values into every block, for that depends
+            on the numbers that it moves; and repeat large steps until the clock has settled.
         quick: few points.
         quiet: no progress.
 
@@ -45,12 +45,12 @@ def take_profile(
     # What compares clocks comes first: those of GPUs drift. And workers count an engine's steps from 0.
     host, num_plans = measure_host(workers, policy, room.limits, vocab_size)
     maker = StepMaker(room.limits, vocab_size, max_tokens=grid.room.max_tokens, first_plan=num_plans)
-    tables = measure_tables(workers, grid, maker, fills_cache=fills_cache, quiet=quiet)
+    tables = measure_tables(workers, grid, maker, on_gpu=on_gpu, quiet=quiet)
     return {**tables, "host": host._asdict()}
 
 
 def measure_tables(
-    workers: sessions.Workers, grid: Grid, maker: StepMaker, *, fills_cache: bool = False, quiet: bool = True
+    workers: sessions.Workers, grid: Grid, maker: StepMaker, *, on_gpu: bool = False, quiet: bool = True
 ) -> dict[str, Any]:
     """What is measured with steps made by hand."""
     limits = grid.room.limits
@@ -61,14 +61,14 @@ def measure_tables(
         found = measure(session, maker, grid.base(num), alone=True).transfer_ns
         assert found is not None, "there is more than one stage"
         transfer_ns[num] = max(0, found)  # shorter than the clocks of two GPUs agree
-    if fills_cache:
+    if on_gpu:
         _fill(session, maker, grid.room)
     mixes = grid.mixes()
     times: dict[Mix, Times] = {}
     watching = show_progress(len(mixes), lambda: len(times), what="kinds of steps", doing="profiling")
     with nullcontext() if quiet else watching:
         for mix in mixes:
-            times[mix] = measure(session, maker, mix)
+            times[mix] = measure(session, maker, mix, settles=on_gpu)
     return make_tables(grid, times, transfer_ns)
 
 

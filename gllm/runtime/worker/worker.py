@@ -204,7 +204,7 @@ class Worker:
             rank,
             device,
             self._limits.max_in_flight,
-            largest_bytes=self._max_tokens * model.shape.hidden_size * dtype.itemsize,
+            largest_bytes=self._policy.max_batch_tokens(self._limits) * model.shape.hidden_size * dtype.itemsize,
         )
         self._backend = choose_backend(
             config.attention_backend,
