@@ -73,7 +73,20 @@ def missed(folder, layout, options):
             stage.capture(max_tokens)
             for step in traffic(limits, max_tokens, seed=0):
                 stage.run(step)
-    return {"first": sorted({name for name, _ in found[:num_first]}), "missed": found[num_first:]}
+    return {
+        "first": sorted({name for name, _ in found[:num_first]}),
+        "missed": found[num_first:],
+        "imports_dynamo": "torch._dynamo" in sys.modules,
+    }
+
+
+def later():
+    """Whether torch's compiler is left alone on the meta device, and what it makes in the same process afterwards."""
+    with first_steps.without_device():
+        assert torch.arange(3, device="meta").add(1).is_meta
+    imported = "torch._dynamo" in sys.modules
+    made = torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(2))
+    return {"imported": imported, "made": made.tolist()}
 
 
 def hits():
@@ -108,4 +121,4 @@ def launch(device):
 
 if __name__ == "__main__":
     torch.cuda.get_device_properties = lambda _device: SimpleNamespace(multi_processor_count=132)
-    json.dump({"missed": missed, "hits": hits}[sys.argv[1]](*sys.argv[2:]), sys.stdout)
+    json.dump({"missed": missed, "hits": hits, "later": later}[sys.argv[1]](*sys.argv[2:]), sys.stdout)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from gllm.runtime.config import RuntimeConfig
-from gllm.runtime.worker import compile_ahead
+from gllm.runtime.worker import compile_ahead, first_steps, graphs, stage
 
 SHAPE = {
     "hidden_size": 512,
@@ -51,7 +51,7 @@ def diverted(*arguments, **environment):
     done = subprocess.run(  # noqa: S603 - our own module
         [sys.executable, "-m", "runtime.diverted", *arguments],
         cwd=here,
-        env={**kept, "PYTHONPATH": str(here), **environment},
+        env={**kept, "PYTHONPATH": os.pathsep.join([str(here), *sys.path]), **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -74,6 +74,42 @@ def test_the_first_steps_launch_all_that_traffic_launches(config, layout, option
     found = diverted("missed", str(tmp_path), json.dumps(layout), json.dumps(options))
     assert set(found["first"]) >= COMMON | kernels
     assert found["missed"] == []
+    assert not found["imports_dynamo"]
+
+
+def test_torchs_compiler_is_not_imported_and_works_afterwards():
+    assert diverted("later") == {"imported": False, "made": [1.0, 1.0]}
+
+
+def test_functions_forget_how_they_were_hidden_from_torchs_compiler(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch._dynamo", raising=False)
+    monkeypatch.delitem(vars(torch), "_dynamo", raising=False)  # to look it up otherwise would import it
+
+    def function():
+        return 1
+
+    with first_steps.without_device():
+        assert torch._compile._disable_dynamo(function)() == 1
+        assert hasattr(function, "__dynamo_disable")
+    assert not hasattr(function, "__dynamo_disable")
+    assert "torch._dynamo" not in sys.modules
+
+
+def test_torchs_compiler_stays_where_it_is_imported_already(monkeypatch):
+    its_own = object()
+    monkeypatch.setitem(sys.modules, "torch._dynamo", its_own)
+    with first_steps.without_device():
+        assert sys.modules["torch._dynamo"] is its_own
+    assert sys.modules["torch._dynamo"] is its_own
+
+
+def test_what_a_graph_would_capture_is_launched_once():
+    launched = []
+    with first_steps.without_device():
+        graph = stage.GraphPool().capture(lambda: launched.append(1))
+        graph.replay()
+    assert launched == [1]
+    assert stage.GraphPool is graphs.GraphPool
 
 
 def test_a_launch_finds_in_tritons_cache_what_was_compiled_for_it(tmp_path):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import struct
-from contextlib import contextmanager, nullcontext
+import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +18,12 @@ from gllm.runtime.messages import Admission, ChunkWork, Step
 from gllm.runtime.models import MODELS
 from gllm.runtime.sampling_params import SamplingParams
 from gllm.runtime.shard import Communicator, Shard, SoloCommunicator
+from gllm.runtime.worker import stage as stages
 from gllm.runtime.worker.groups import Neighbours
 from gllm.runtime.worker.stage import Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from torch import Tensor
 
@@ -50,8 +53,12 @@ def take_first_steps(config: RuntimeConfig) -> None:
                 stage.run(step)
 
 
-class _NoGraph:
-    """Stands for a CUDA graph: what it would capture is launched, and not again."""
+class _NoGraphs:
+    """Stands for a pool of CUDA graphs, and for each of them: what it would capture is launched once, and not again."""
+
+    def capture(self, work: Callable[[], object]) -> _NoGraphs:
+        work()
+        return self
 
     def replay(self) -> None:
         """Nothing."""
@@ -62,10 +69,7 @@ _STAND_INS: tuple[tuple[Any, str, object], ...] = (
     (jit, "META_RUNS_TRITON", True),
     (torch, "tensor", lambda *args, **options: _make(*args, **options).to(META)),  # the host's are there at once
     (torch, "from_numpy", lambda array: _from_numpy(array).to(META)),
-    (torch.cuda, "synchronize", lambda *_: None),
-    (torch.cuda, "graph_pool_handle", lambda: None),
-    (torch.cuda, "graph", lambda *_, **__: nullcontext()),
-    (torch.cuda, "CUDAGraph", _NoGraph),
+    (stages, "GraphPool", _NoGraphs),
 )
 
 
@@ -76,10 +80,36 @@ def without_device() -> Iterator[None]:
     for module, name, stand_in in _STAND_INS:
         setattr(module, name, stand_in)
     try:
-        yield
+        with _without_dynamo():
+            yield
     finally:
         for (module, name, _), its_own in zip(_STAND_INS, kept, strict=True):
             setattr(module, name, its_own)
+
+
+@contextmanager
+def _without_dynamo() -> Iterator[None]:
+    """Spare the import of torch's compiler, which takes a second: what torch does on the meta device is hidden from it.
+
+    Nobody compiles that here. A function remembers how it was hidden, and has to forget it for who comes later.
+    """
+    name = "torch._dynamo"
+    hidden: list[Any] = []
+
+    def disable(function: Any, *_: object, **__: object) -> Any:  # noqa: ANN401 - any function
+        hidden.append(function)
+        return function
+
+    stand_in: Any = SimpleNamespace(disable=disable)
+    if sys.modules.setdefault(name, stand_in) is not stand_in:
+        yield  # it is imported already
+        return
+    try:
+        yield
+    finally:
+        del sys.modules[name]
+        for function in hidden:
+            vars(function).pop("__dynamo_disable", None)
 
 
 def local_shards(config: RuntimeConfig, shape: ModelShape) -> list[Shard]:
