@@ -174,6 +174,24 @@ def test_it_is_waited_for_until_the_last_compiler_has_ended(tmp_path):
     os.waitpid(pid, 0)
 
 
+def test_the_first_compiler_waits_for_what_all_of_them_need(monkeypatch):
+    events = []
+    monkeypatch.setattr(compile_ahead.gc, "disable", lambda: None)
+    monkeypatch.setattr(compile_ahead.sys, "setswitchinterval", lambda _: None)
+    monkeypatch.setattr(compile_ahead, "_load_compiler", lambda: (time.sleep(0.2), events.append("loaded")))
+    monkeypatch.setattr(compile_ahead, "divert_launches", lambda on_new, **_: on_new(None, ""))
+    monkeypatch.setattr(compile_ahead, "take_first_steps", lambda _: events.append("stepped"))
+    monkeypatch.setattr(compile_ahead.Compilers, "submit", lambda *_: events.append("forked"))
+    compile_ahead.compile_first_steps(RuntimeConfig(model="nowhere"), arch=90)
+    assert events == ["forked", "loaded", "forked", "stepped"]  # C code needs nothing else
+
+
+@pytest.mark.parametrize(("cores", "workers", "most"), [(1, 1, 2), (16, 1, 14), (16, 8, 7), (192, 8, 183)])
+def test_workers_and_who_goes_ahead_keep_their_cores(cores, workers, most, monkeypatch):
+    monkeypatch.setattr(compile_ahead, "_num_cores", lambda: cores)
+    assert compile_ahead._most_at_once(workers) == most
+
+
 def test_so_many_compile_at_once(tmp_path):
     compilers = compile_ahead.Compilers(2)
     for number in range(5):

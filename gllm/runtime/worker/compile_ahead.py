@@ -10,10 +10,12 @@ Nothing depends on it: what fails here is compiled by the workers, as if nobody 
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import traceback
 from contextlib import suppress
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
     from gllm.runtime.config import RuntimeConfig
 
 PATIENCE_S = 60.0  # beyond it a worker compiles for itself: something must be wrong with the compilers
-_MOST_AT_ONCE = 8
+_SWITCH_S = 1e-4  # how long a thread of the process that goes ahead keeps the interpreter when another one wants it
 
 
 class Ahead:
@@ -126,14 +128,31 @@ def _tell(error: Exception) -> None:
 
 def compile_first_steps(config: RuntimeConfig, *, arch: int) -> None:
     """Compile what the first steps launch on GPUs of this architecture (90: Hopper); changes this process for good."""
-    compilers = Compilers(min(_MOST_AT_ONCE, max(2, _num_cores() // 2)))
+    compilers = Compilers(_most_at_once(config.num_local_workers))
     compilers.submit(_build_utilities)
-    _load_compiler()
+    gc.disable()  # the first operations import a lot, and what is imported stays
+    # Meanwhile a thread hashes. It lets go of the interpreter twice a megabyte, and would wait 5 ms to have it back.
+    sys.setswitchinterval(_SWITCH_S)
+    loading = threading.Thread(target=_load_compiler, daemon=True, name="load-compiler")
+    loading.start()
+
+    def on_new(kernel: Any, told: str) -> None:  # noqa: ANN401 - Triton has no types
+        loading.join()  # each compiler needs what it found, and a fork would copy its locks without it
+        compilers.submit(lambda: compile_variant(kernel, told))
+
     try:
-        divert_launches(lambda kernel, told: compilers.submit(lambda: compile_variant(kernel, told)), arch=arch)
+        divert_launches(on_new, arch=arch)
         take_first_steps(config)
     finally:
         compilers.join()
+
+
+def _most_at_once(num_workers: int) -> int:
+    """A core for each compiler: who is to find the next variant would wait for the first compiler that ends.
+
+    The workers, which read their weights meanwhile, need one each, and who looks for variants needs one too.
+    """
+    return max(2, _num_cores() - num_workers - 1)
 
 
 def _num_cores() -> int:
