@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _NUM_WARM = 2
 _MIN_REPEATS = 3
-_POINT_NS = 150_000_000  # that a mix is measured for, if it takes neither too few nor too many steps
+_POINT_NS = 150_000_000  # that a mix is measured for, if it takes not too few steps
 _SETTLED_NS = 500_000_000  # of large steps: the clock comes closer by two thirds of the way every 100 to 150 ms
 _SMALL_TOKENS = 128
 
@@ -48,15 +48,18 @@ def measure(session: Session, maker: StepMaker, mix: Mix, *, alone: bool = False
         maker: of its steps.
         mix: what to compute.
         alone: each step when the one before is back, so that every stage waits for it.
-        settles: a large step is repeated until the GPU has the clock that it keeps.
+        settles: repeat it until medians are steady; a large step until the GPU has the clock that it keeps, too.
     """
     *_, warm = _repeat(session, maker, mix, _NUM_WARM, alone=alone)
     num = _num_repeats(warm[-1].end_ns - warm[0].start_ns)
     rounds = [_repeat(session, maker, mix, num, alone=alone)]
-    start_ns = warm[0].start_ns
-    while settles and mix.num_tokens > _SMALL_TOKENS and rounds[-1][-1][0].end_ns < start_ns + _SETTLED_NS:
+    if not settles:
+        return _times(rounds)
+    start_ns, for_ns = warm[0].start_ns, _SETTLED_NS if mix.num_tokens > _SMALL_TOKENS else _POINT_NS
+    while rounds[-1][-1][0].end_ns < start_ns + for_ns:
         rounds.append(_repeat(session, maker, mix, num, alone=alone))
-    return _times([each for each in rounds if each[0][0].start_ns >= start_ns + _SETTLED_NS * 2 // 3] or rounds[-1:])
+    settled_ns = start_ns + for_ns * 2 // 3 if for_ns == _SETTLED_NS else start_ns
+    return _times([each for each in rounds if each[0][0].start_ns >= settled_ns] or rounds[-1:])
 
 
 def _times(rounds: Sequence[Round]) -> Times:

@@ -25,6 +25,8 @@ MAX_REPEATS = 9
 DRIFT = MAX_REPEATS // 2
 """How far a decode's context gets from its mix's, either way: it grows by a token from step to step."""
 
+_MANY_TOKENS = 1 << 18  # that are drawn, to begin prompts at
+
 _PARAMS = SamplingParams(temperature=0.6, ignore_eos=True, detokenize=False)
 
 
@@ -99,7 +101,8 @@ class StepMaker:
         self._limits, self._max_tokens, self._plan = limits, max_tokens, first_plan
         self._next_block = 0
         longest = limits.max_tokens_per_sequence
-        self._tokens = random.Random(0).choices(range(vocab_size), k=longest + limits.max_num_seqs)
+        self._tokens = random.Random(0).choices(range(vocab_size), k=longest + _MANY_TOKENS)
+        self._next_token = 0
 
     def make(self, mix: Mix, num_steps: int) -> tuple[list[Step], list[Step]]:
         """Steps that give a mix's sequences their caches, and then the mix `num_steps` times.
@@ -146,7 +149,9 @@ class StepMaker:
         return [(slot, tables[slot][0]) for slot in slots if len(tables[slot]) < width]
 
     def _admission(self, slot: int, num_tokens: int) -> Admission:
-        tokens = self._tokens[slot : slot + num_tokens]
+        # Others for each: what a GPU draws, and with it its clock, depends on how unlike the numbers are.
+        start, self._next_token = self._next_token, (self._next_token + num_tokens) % _MANY_TOKENS
+        tokens = self._tokens[start : start + num_tokens]
         return Admission(slot, tokens, num_tokens, _PARAMS, slot, [])
 
     def _blocks(self, num: int) -> list[int]:
