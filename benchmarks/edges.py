@@ -1,15 +1,16 @@
-"""What a tensor between two stages costs them, for each way that GLLM_EDGES names; needs two GPUs of one host.
+"""What a tensor between two stages costs them, for each of two ways; needs two GPUs of one host that share memory.
 
-    python benchmarks/edges.py [--kinds nccl late copy] [--out FOLDER]
+    python benchmarks/edges.py [--kinds copy nccl] [--out FOLDER]
 
-A step is 60 products of hidden states with a matrix, as of Qwen3-32B. For each way, on GPUs of their own processes:
+`copy` is a ring in the receiver's memory, as stages have it on such GPUs; `nccl` is the process group, as elsewhere. A
+step is 60 products of hidden states with a matrix, as of Qwen3-32B. For each way, on GPUs of their own processes:
 
 - `alone_us`: the step with nothing on its way.
 - `receiver_us`: the step on the receiver while its next tensor has been asked for and not been sent yet. This is what
   a stage lives with that is faster than the one before, or whose host is ahead.
 - `sender_us`: the step on the sender while a tensor that it sent has not been asked for yet.
 - `ready_us`: from where the receiver's stream needs a tensor, sent long ago, to where it has it.
-- `latency_us`: one way, half of a there and back; both ends ask as early as their way lets them.
+- `latency_us`: one way, half of a there and back.
 - `send_host_us`, `receive_host_us`: of the host, for a call.
 - `activities`: what the profiler saw on the sender's GPU for one tensor.
 
@@ -34,11 +35,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from record import OUT, describe_run, show_table, slug, write_json
 
-from gllm.runtime.worker.groups import EDGE_KINDS, EDGES, Edge
+from gllm.runtime.worker.groups import Edge
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+KINDS = ("copy", "nccl")
 HIDDEN, WIDE = 5120, 25600  # of Qwen3-32B; bfloat16
 NUM_PRODUCTS, NUM_MATRICES = 60, 3
 STEP_ROWS = (104, 2048)
@@ -54,14 +56,14 @@ class Bench:
     """One rank's part: 0 sends, 1 receives; both call the same methods in the same order."""
 
     def __init__(self, rank: int, kind: str) -> None:
-        os.environ[EDGES] = kind
         self.rank, self.kind, self.device = rank, kind, torch.device("cuda", rank)
-        self.there, self.back = Edge(0, 1, MAX_IN_FLIGHT), Edge(1, 0, MAX_IN_FLIGHT)
+        largest_bytes = SENT_ROWS[-1] * HIDDEN * 2 if kind == "copy" else 0
+        self.there, self.back = (Edge(*ranks, MAX_IN_FLIGHT, largest_bytes) for ranks in ((0, 1), (1, 0)))
         self.hosts = dist.new_group([0, 1], backend="gloo")
         for edge in (self.there, self.back):
             edge.greet(rank, self.device)
             if (edge.method == "copy") != (kind == "copy"):
-                raise SystemExit(f"{EDGES}={kind} is not what would be measured: {edge.method}")
+                raise SystemExit(f"{kind} is not what would be measured: {edge.method}")
         self.matrices = [self._random(HIDDEN, WIDE) for _ in range(NUM_MATRICES)]
 
     def _random(self, *size: int) -> torch.Tensor:
@@ -91,7 +93,7 @@ class Bench:
     def check(self, tensor: torch.Tensor, number: int) -> None:
         """It is what was sent."""
         if not bool(tensor.eq(number).all()):
-            raise SystemExit(f"{EDGES}={self.kind}: a tensor came otherwise than it was sent")
+            raise SystemExit(f"{self.kind}: a tensor came otherwise than it was sent")
 
     def step(self, rows: int) -> Callable[[], tuple[torch.cuda.Event, torch.cuda.Event]]:
         """What launches a step and says when it began and ended; before it the GPU sleeps."""
@@ -268,7 +270,7 @@ def measure(kind: str) -> dict[str, Any]:
         if time.monotonic() > deadline:
             for process in ranks.processes:
                 process.kill()
-            sys.exit(f"{EDGES}={kind}: not done after {TIMEOUT_S} s: somebody waits for ever")
+            sys.exit(f"{kind}: not done after {TIMEOUT_S} s: somebody waits for ever")
     parts = dict(found.get() for _ in range(2))
     return combine(parts[0], parts[1])
 
@@ -315,7 +317,7 @@ def _shares(step: dict[str, float]) -> tuple[float | str, ...]:
 def main() -> int:
     """Measure each way, say which one to keep, and write it down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kinds", nargs="+", choices=EDGE_KINDS, default=EDGE_KINDS, help="ways to measure")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="ways to measure")
     parser.add_argument("--out", type=Path, default=OUT, help="folder for results")
     arguments = parser.parse_args()
     if torch.cuda.device_count() < 2:

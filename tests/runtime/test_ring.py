@@ -1,7 +1,6 @@
 """The ring between two GPUs, on streams that this file plays: any order that streams allow, and values that arrive."""
 
 import ctypes
-import os
 import random
 from contextlib import nullcontext
 
@@ -12,10 +11,11 @@ from runtime.ranks import on_processes
 
 from gllm.model_shape import load_shape
 from gllm.parallel import Parallel
+from gllm.runtime.worker import groups
 from gllm.runtime.worker import ring as rings
-from gllm.runtime.worker.groups import EDGES, Edge, connect, edge_kind
+from gllm.runtime.worker.groups import Edge, connect
 from gllm.runtime.worker.ring import COUNTER_BYTES, CudaDriver, Ring, ring_bytes
-from gllm.runtime.worker.symmetric import MappedMemory, NoSharedMemoryError
+from gllm.runtime.worker.symmetric import SEVERAL_HOSTS, MappedMemory, NoSharedMemoryError
 
 SENDER, RECEIVER = 1, 2
 CPU = torch.device("cpu")
@@ -245,19 +245,7 @@ def test_the_driver_refuses(monkeypatch):
 # Edges
 
 
-def test_the_switch(monkeypatch):
-    monkeypatch.delenv(EDGES, raising=False)
-    assert edge_kind() == "nccl"
-    for kind in ("nccl", "late", "copy"):
-        monkeypatch.setenv(EDGES, kind.upper())
-        assert edge_kind() == kind
-    monkeypatch.setenv(EDGES, "fast")
-    with pytest.raises(ValueError, match="GLLM_EDGES=fast is unknown; set it to one of nccl, late, copy"):
-        edge_kind()
-
-
-def _fallen_back(rank):
-    os.environ[EDGES] = "copy"
+def _without_a_gpu(rank):
     _, neighbours = connect(Parallel(pp=2), load_shape("qwen3-0.6b"), rank, CPU, 3)
     edge = neighbours.after if rank == 0 else neighbours.before
     came = []
@@ -270,10 +258,11 @@ def _fallen_back(rank):
     return edge.method, neighbours.tokens.method, came
 
 
-def test_without_shared_memory_tensors_go_through_the_process_group():
-    sender, receiver = on_processes(_fallen_back, 2)
+def test_without_a_gpu_tensors_go_through_the_process_group(capfd):
+    sender, receiver = on_processes(_without_a_gpu, 2)
     assert sender[:2] == receiver[:2] == ("process group (no GPU)", "process group (no GPU)")
     assert receiver[2] == list(range(10))
+    assert "gllm:" not in capfd.readouterr().err
 
 
 def _one_end_fails(rank):
@@ -285,7 +274,7 @@ def _one_end_fails(rank):
         if rank == 1 and number == 1:
             raise NoSharedMemoryError("it came otherwise")
 
-    rings._check = lambda *_: PlayedStreams(0)
+    rings.CudaDriver = lambda: PlayedStreams(0)
     rings.map_memory = lambda *_: _memory()
     rings._try_put = rings._try_take = turn
     try:
@@ -305,7 +294,6 @@ def test_if_one_end_cannot_neither_does():
 
 
 def test_only_what_fits_a_slot_goes_through_the_ring(monkeypatch):
-    monkeypatch.setenv(EDGES, "copy")
     monkeypatch.setattr("torch.distributed.new_group", lambda _: None)
     edge = Edge(0, 1, 3, 1000)
     assert edge._ring_for(1000) is None
@@ -350,47 +338,51 @@ class Transfer:
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """An edge of each kind as on a GPU, and what it has streams and NCCL do; stream 0 computes, 9 is the edge's."""
+    """An edge as on a GPU, with a ring or without, and what it has streams and NCCL do; 0 computes, 9 is the edge's."""
     log = []
+
+    def irecv(tensor, *_, **__):
+        log.append("irecv")
+        tensor.fill_(7)
+        return Transfer(log)
+
     monkeypatch.setattr("torch.distributed.new_group", lambda _: None)
-    monkeypatch.setattr("torch.distributed.irecv", lambda *_, **__: log.append("irecv") or Transfer(log))
+    monkeypatch.setattr("torch.distributed.irecv", irecv)
     monkeypatch.setattr("torch.cuda.current_stream", lambda _: Stream(0, log))
     monkeypatch.setattr("torch.cuda.stream", lambda stream: log.append(("on", stream.cuda_stream)) or nullcontext())
     monkeypatch.setattr("torch.cuda.Event", Event)
 
-    def make(kind):
-        monkeypatch.setenv(EDGES, kind)
+    def make(*, has_ring):
         edge = Edge(0, 1, 3, 1000)
         edge._stream = Stream(9, log)
-        edge._stream.device = CPU
-        if kind == "copy":
+        if has_ring:
             edge._ring = Ring(Operations(log), 0, 0, num_slots=4, slot_bytes=1000)
         return edge, log
 
     return make
 
 
-def test_a_receive_holds_multiprocessors_at_once_or_late(gpu):
-    edge, log = gpu("nccl")
-    edge.receive(torch.empty(10))
-    assert log == [("on", 9), "irecv", "wait for the transfer"]
-    log.clear()
-    edge, log = gpu("late")
-    edge.receive(torch.empty(10))
-    assert log == [("wait for stream", 9, 0), ("on", 9), "irecv", "wait for the transfer"]
+NCCL_RECEIVES = [("wait for stream", 9, 0), ("on", 9), "irecv", "wait for the transfer"]
+
+
+def test_a_receive_of_nccl_starts_behind_what_the_stream_computes(gpu):
+    edge, log = gpu(has_ring=False)
+    target = torch.zeros(10)
+    assert edge.receive(target) is target
+    assert log == NCCL_RECEIVES
+    assert target.tolist() == [7.0] * 10
+    assert [event.stream.cuda_stream for event, _ in edge._copied] == [0]
 
 
 def test_a_ring_waits_on_the_computing_stream_and_copies_on_its_own(gpu):
-    edge, log = gpu("copy")
-    edge.expect((10,), torch.float32)
-    assert not log, "there is nothing to start early"
+    edge, log = gpu(has_ring=True)
     edge.receive(torch.empty(10))
     assert log == [("wait", 0, 1), ("copy", 0, 40), ("write", 0, 1)]
     log.clear()
     edge.receive(torch.empty(1000))  # too large for a slot
-    assert log == [("wait for stream", 9, 0), ("on", 9), "irecv", "wait for the transfer"]
+    assert log == NCCL_RECEIVES
 
-    edge, log = gpu("copy")
+    edge, log = gpu(has_ring=True)
     log.clear()
     for _ in range(5):
         edge.send(torch.zeros(4, 10).t())
@@ -399,3 +391,61 @@ def test_a_ring_waits_on_the_computing_stream_and_copies_on_its_own(gpu):
     assert log[-4:] == [once, ("wait", 9, 1), ("copy", 9, 160), ("write", 9, 5)]
     assert [event.stream.cuda_stream for event, _ in edge._copied] == [9] * 5
     assert all(kept.is_contiguous() for _, kept in edge._copied)
+
+
+class NoGpu:
+    """Stands for a GPU's device where there is none."""
+
+    type = "cuda"
+
+
+@pytest.fixture
+def greet(monkeypatch):
+    """Greet along an edge from rank 0 to 1 as on GPUs, whose ring is what `share` makes; the edge at both ends."""
+    for name in ("new_group", "send", "recv"):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda *_, **__: None)
+    monkeypatch.setattr("torch.cuda.Stream", lambda _: Stream(9, []))
+    monkeypatch.setattr("torch.zeros", lambda *_, **__: None)
+
+    def make(share, ranks=(0, 1), largest_bytes=1 << 40):
+        monkeypatch.setattr(groups, "share_ring", share)
+        edges = [Edge(*ranks, 3, largest_bytes) for _ in ranks]
+        for rank, edge in zip(ranks, edges, strict=True):
+            edge.greet(rank, NoGpu())
+        return edges
+
+    return make
+
+
+def test_gpus_make_a_ring_unless_no_tensor_is_worth_a_slot(greet):
+    asked = []
+
+    def share(_group, _device, *, is_sender, num_slots, slot_bytes):
+        asked.append((is_sender, num_slots, slot_bytes))
+        return Ring(Operations([]), 0, 0, num_slots=num_slots, slot_bytes=slot_bytes)
+
+    assert [edge.method for edge in greet(share)] == ["copy", "copy"]
+    assert asked == [(True, 4, 32 << 20), (False, 4, 32 << 20)]
+    asked.clear()
+    assert [edge.method for edge in greet(share, largest_bytes=0)] == ["process group (no slots)"] * 2
+    assert not asked
+
+
+@pytest.mark.parametrize(
+    ("ranks", "why", "num_lines"),
+    [
+        ((0, 1), "a GPU cannot reach another's memory", 1),
+        ((1, 2), "a GPU cannot reach another's memory", 0),  # rank 0 has said it
+        ((1, 0), "a GPU cannot reach another's memory", 0),
+        ((0, 1), SEVERAL_HOSTS, 0),
+    ],
+)
+def test_gpus_of_one_host_that_share_no_memory_are_told_of_once(greet, capsys, ranks, why, num_lines):
+    def share(*_, **__):
+        raise NoSharedMemoryError(why)
+
+    for edge in greet(share, ranks):
+        assert edge.method == f"process group ({why})"
+        assert edge._ring_for(1) is None
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"gllm: stages send through NCCL, as their GPUs share no memory: {why}"] * num_lines

@@ -6,8 +6,6 @@ other, and an activation must not wait behind another edge's.
 
 from __future__ import annotations
 
-import math
-import os
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,21 +17,16 @@ from gllm_kernels.all_reduce import all_reduce_triton, takes
 from gllm.console.terminal import warn
 from gllm.runtime.shard import Shard, SoloCommunicator
 from gllm.runtime.worker.ring import Ring, share_ring
-from gllm.runtime.worker.symmetric import NoSharedMemoryError, SharedMemory, share_memory
+from gllm.runtime.worker.symmetric import SEVERAL_HOSTS, NoSharedMemoryError, SharedMemory, share_memory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable
 
     from gllm.model_shape import ModelShape
     from gllm.parallel import Parallel
 
-EDGES = "GLLM_EDGES"
-"""Environment, to measure one way beside another: how tensors go from stage to stage on GPUs (`Edge`)."""
-
-EDGE_KINDS = ("nccl", "late", "copy")
-
 _MAX_SLOT_BYTES = 32 << 20  # 3 to 6 such slots at both ends of each edge
-_TOKENS_BYTES = 64 << 10  # 8192 sampled tokens; what is larger goes through NCCL
+_TOKENS_BYTES = 64 << 10  # 8192 sampled tokens
 
 # Its names since torch 2.13 and before.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -71,32 +64,25 @@ class StageCommunicator:
 class Edge:
     """One way from one rank to another; tensors arrive in the order in which they were sent.
 
-    On GPUs nobody's computing stream waits for a send, and it waits for a receive only where the tensor is needed.
-    `kind` says how:
-
-        nccl    a receive starts as soon as the host launches it, on a stream of its own, into memory that belongs to
-                that stream; it holds multiprocessors until the tensor has come
-        late    the same, behind all that the current stream has been given before
-        copy    through a ring in the receiver's memory, with no kernel that waits (`ring`); what is larger than its
-                slots goes late, as all does if the two GPUs share no memory
+    Between GPUs of one host that share memory they go through a ring in the receiver's, where nothing waits on a
+    multiprocessor (`ring`). The process group takes what is larger than a slot of the ring, and all where there is
+    none. On GPUs no computing stream waits for a send, and it waits for a receive only where the tensor is needed.
 
     Args:
         sender: a rank.
         receiver: another.
         max_in_flight: steps that may be on the road.
-        largest_bytes: of a tensor that is worth a slot of the ring.
+        largest_bytes: of a tensor that is worth a slot of the ring; 0: no ring.
     """
 
     def __init__(self, sender: int, receiver: int, max_in_flight: int, largest_bytes: int = _MAX_SLOT_BYTES) -> None:
         self._sender, self._receiver, self._max_in_flight = sender, receiver, max_in_flight
         self._slot_bytes = min(largest_bytes, _MAX_SLOT_BYTES)
-        self._kind = edge_kind()
         self._group = dist.new_group([sender, receiver])
         self._stream: torch.cuda.Stream | None = None  # for transfers, on a GPU
         self._ring: Ring | None = None
-        self._why_no_ring = f"{EDGES}={self._kind}"
+        self._why_no_ring = "no GPU" if self._slot_bytes else "no slots"
         self._sent: deque[tuple[dist.Work, torch.Tensor]] = deque()
-        self._expected: deque[tuple[dist.Work, torch.Tensor]] = deque()
         self._copied: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
 
     @property
@@ -118,8 +104,8 @@ class Edge:
             dist.recv(hello, self._sender, group=self._group)
         if device.type == "cuda":
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        if self._kind == "copy":
-            self._share_ring(device, is_sender=rank == self._sender)
+            if self._slot_bytes:
+                self._share_ring(device, is_sender=rank == self._sender)
 
     def _share_ring(self, device: torch.device, *, is_sender: bool) -> None:
         num_slots = self._max_in_flight + 1
@@ -129,8 +115,10 @@ class Edge:
             )
         except NoSharedMemoryError as error:
             self._why_no_ring = str(error)
-            if is_sender:  # whoever compares ways must know which one this is
-                warn(f"{EDGES}=copy: rank {self._sender} sends to {self._receiver} through the process group: {error}")
+            # Between hosts that is as it should be; within one it may be something to mend, a driver or a container.
+            # Rank 0 sends along one edge only, and its line speaks for all: GPUs of a host are mostly connected alike.
+            if is_sender and self._sender == 0 and self._why_no_ring != SEVERAL_HOSTS:
+                warn(f"stages send through NCCL, as their GPUs share no memory: {error}")
 
     def _ring_for(self, num_bytes: int) -> Ring | None:
         """Both ends know the size, so they agree."""
@@ -166,52 +154,27 @@ class Edge:
         while self._copied and self._copied[0][0].query():  # type: ignore[no-untyped-call]
             self._copied.popleft()
 
-    def expect(self, size: Sequence[int], dtype: torch.dtype) -> None:
-        """Start to receive the next tensor that no call expects yet, long before `receive`; nobody waits.
-
-        Of use on GPUs only, and of none to a ring: the transfer then does not begin behind what the receiver has yet
-        to compute. It holds multiprocessors until the tensor has come.
-        """
-        if self._stream is None or self._ring_for(math.prod(size) * dtype.itemsize) is not None:
-            return
-        if self._kind != "nccl":
-            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            arriving = torch.empty(size, dtype=dtype, device=self._stream.device)
-            work = dist.irecv(arriving, self._sender, group=self._group)
-        assert work is not None, "the receiver is in the group"
-        self._expected.append((work, arriving))
-
     def receive(self, tensor: torch.Tensor) -> torch.Tensor:
         """Fill `tensor`, which is contiguous, with the next one sent."""
         if self._stream is None:
             dist.recv(tensor, self._sender, group=self._group)
             return tensor
-        current, ring = torch.cuda.current_stream(self._stream.device), self._ring_for(tensor.nbytes)
+        current, ring = torch.cuda.current_stream(tensor.device), self._ring_for(tensor.nbytes)
         if ring is not None:
             assert tensor.is_contiguous(), "a ring copies bytes"
             ring.take(current.cuda_stream, tensor.data_ptr(), tensor.nbytes)
             return tensor
-        if not self._expected:
-            self.expect(tensor.shape, tensor.dtype)
-        work, arriving = self._expected.popleft()
-        assert (arriving.shape, arriving.dtype) == (tensor.shape, tensor.dtype), "expected otherwise"
+        # Behind all that the current stream has been given: NCCL's kernel holds multiprocessors until the tensor has
+        # come, and a step beside one that waited took 19 % longer.
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            arriving = torch.empty_like(tensor)
+            work = dist.irecv(arriving, self._sender, group=self._group)
+        assert work is not None, "the receiver is in the group"
         work.wait()  # the current stream does, not the host
         tensor.copy_(arriving)
         self._keep_until_copied(arriving, current)
         return tensor
-
-
-def edge_kind() -> str:
-    """What the environment asks for.
-
-    Raises:
-        ValueError: it asks for something else.
-    """
-    kind = os.environ.get(EDGES, "").lower() or EDGE_KINDS[0]
-    if kind not in EDGE_KINDS:
-        raise ValueError(f"{EDGES}={kind} is unknown; set it to one of {', '.join(EDGE_KINDS)}")
-    return kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +203,7 @@ def connect(
         rank: this one.
         device: where it computes.
         max_in_flight: steps that may be on the road.
-        largest_bytes: of the largest step's hidden states.
+        largest_bytes: of the largest step's hidden states; 0: no edge has a ring (`Edge`).
     """
     tp, pp = parallel.tp, parallel.pp
     stage, tp_rank = divmod(rank, tp)
@@ -264,7 +227,7 @@ def connect(
         rank,
         device,
         lambda sender, receiver: Edge(sender, receiver, max_in_flight, largest_bytes),
-        lambda sender, receiver: Edge(sender, receiver, max_in_flight, _TOKENS_BYTES),
+        lambda sender, receiver: Edge(sender, receiver, max_in_flight, min(largest_bytes, _TOKENS_BYTES)),
     )
 
 

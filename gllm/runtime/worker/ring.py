@@ -175,12 +175,12 @@ def ring_bytes(num_slots: int, slot_bytes: int) -> int:
 def share_ring(
     group: dist.ProcessGroup, device: torch.device, *, is_sender: bool, num_slots: int, slot_bytes: int
 ) -> Ring:
-    """Make both ends of a ring; the two ranks of the group call this, with the same sizes.
+    """Make both ends of a ring between two GPUs; the two ranks of the group call this, with the same sizes.
 
     Raises:
         NoSharedMemoryError: one of them cannot; raised on both.
     """
-    operations = together(group, lambda: _check(group, device))
+    operations = together(group, CudaDriver)
     mapped = map_memory(group, device, ring_bytes(num_slots, slot_bytes))
     _kept.append(mapped)
     rank = dist.get_rank(group)  # not who sends: a group sorts its ranks
@@ -190,14 +190,6 @@ def share_ring(
         for end, tries in ((True, _try_put), (False, _try_take)):
             together(group, partial(tries if is_sender is end else _nothing, ring, mapped.mine, number))
     return ring
-
-
-def _check(group: dist.ProcessGroup, device: torch.device) -> StreamOperations:
-    if device.type != "cuda":
-        raise NoSharedMemoryError("no GPU")
-    if dist.get_world_size(group) != 2:
-        raise NoSharedMemoryError("an edge has two ends")
-    return CudaDriver()
 
 
 def _nothing(_ring: Ring, _mine: torch.Tensor, _number: int) -> None:

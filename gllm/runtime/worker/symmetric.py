@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 SWITCH = "GLLM_ALL_REDUCE"
 """Environment: "nccl" on any rank leaves every sum to the process group."""
 
+SEVERAL_HOSTS = "ranks on several hosts"
+"""Why ranks share no memory, where none could."""
+
 _TRIED = (1 << 10, 1 << 20)  # elements: in one shot and, with more than two ranks, in two
 
 _T = TypeVar("_T")
@@ -111,7 +114,7 @@ def _check(group: dist.ProcessGroup, device: torch.device) -> None:
 def _check_reach(places: list[tuple[str, int]], device: torch.device) -> None:
     """`places`: each rank's host and GPU."""
     if len({host for host, _ in places}) > 1:
-        raise NoSharedMemoryError("ranks on several hosts")
+        raise NoSharedMemoryError(SEVERAL_HOSTS)
     others = [index for _, index in places if index != device.index]
     if len(set(others)) < len(places) - 1:
         raise NoSharedMemoryError("two ranks on one GPU")
