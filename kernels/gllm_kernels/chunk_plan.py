@@ -36,7 +36,7 @@ class Tuning(NamedTuple):
     num_warps: int
     num_stages: int
     least_tiles: int = 4  # that a part has
-    programs_per_multiprocessor: int = 2  # which parts of cut blocks may make up: they need room
+    programs_per_multiprocessor: int = 2  # that parts of cut blocks are to make up at most
 
 
 class ChunkPlan(NamedTuple):
@@ -106,7 +106,8 @@ def plan_chunks(
 
 
 def _empty_plan(num_blocks: int, num_kv_heads: int, head_dim: int, tuning: Tuning, device: torch.device) -> ChunkPlan:
-    num_parts = max(2, num_multiprocessors(device) * tuning.programs_per_multiprocessor // num_kv_heads)
+    # Twice what is aimed at: that counts chunks with their means, and a block that finds no place stays whole.
+    num_parts = 2 * max(2, num_multiprocessors(device) * tuning.programs_per_multiprocessor // num_kv_heads)
     entries = torch.empty(num_blocks + num_parts, 5, dtype=torch.int32, device=device)
     counters = torch.empty(num_parts, num_kv_heads, dtype=torch.int32, device=device)
     scratch = torch.empty(counters.numel() * tuning.rows * (head_dim + 2), dtype=torch.float32, device=device)
@@ -156,7 +157,7 @@ def _quota(plan: ChunkPlan, blocks_S: Tensor, contexts_S: Tensor, counts_S: Tens
     waves_F = _divide_up(entries_F * num_kv_heads, num_multiprocessors(blocks_S.device))
     programs_F = waves_F * (4 * (blocks_S * means_S).sum() // entries_F + 4)
     costs_F = torch.maximum(4 * quotas_F, programs_F) + (12 + 2 * parts_F) * (parts_F > 1)
-    fits_F = (blocks_SF * (parts_SF > 1)).sum(0) <= len(plan.counters_CK)
+    fits_F = 2 * (blocks_SF * (parts_SF > 1)).sum(0) <= len(plan.counters_CK)
     return int(quotas_F[torch.where(fits_F, costs_F * MOST_PARTS + parts_F, 2**31).argmin()])
 
 
@@ -299,5 +300,5 @@ def _find_quota(
     waves = (entries * NUM_KV_HEADS + num_multiprocessors - 1) // num_multiprocessors
     programs = waves * (4 * tl.sum(blocks * means, 0) // entries + 4)
     costs = tl.maximum(4 * quotas, programs) + tl.where(parts > 1, 12 + 2 * parts, 0)
-    best = tl.min(tl.where(in_scratch <= num_places, costs * PARTS + parts - 1, 2**31 - 1), 0) % PARTS + 1
+    best = tl.min(tl.where(2 * in_scratch <= num_places, costs * PARTS + parts - 1, 2**31 - 1), 0) % PARTS + 1
     return tl.maximum((most + best - 1) // best, LEAST)

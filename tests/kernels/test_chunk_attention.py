@@ -152,6 +152,15 @@ def test_parts_hold_every_tile_of_a_block_once(seed, group, heads, tuning, devic
         assert num_parts == 1 or min(lengths) >= max(1, tuning.least_tiles // 2)
 
 
+@pytest.mark.usefixtures("h200")
+def test_whoever_comes_last_finds_places():
+    """A few tokens after many, behind a chunk whose last blocks want more parts than its mean: 22 ns a key if whole."""
+    counts, kv_lens = (torch.tensor(each, dtype=torch.int32) for each in ([16, 806], [7090, 5113]))
+    kinds = {"group": 2, "heads": 8, "head_dim": 128, "dtype": torch.bfloat16, "tuning": None, "num_decodes": 0}
+    plan, _ = plans_of(counts, kv_lens, **kinds, device="cpu")
+    assert [entry[3] for entry in plan.entries_J5.tolist() if entry[0] == 0] == [3, 3, 3]
+
+
 @pytest.mark.usefixtures("idle_gpu")
 def test_blocks_without_a_place_stay_whole(device):
     """The mean block of a fresh prompt needs none, so that no table of costs says how many its last ones will want."""
