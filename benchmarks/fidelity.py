@@ -39,8 +39,10 @@ NAME = "twin"
 RUNS = RESULTS / NAME
 PROFILES = {
     "qwen3-8b_to640": "benchmarks/results/twin/qwen3-8b_to640_h200.json",
+    "qwen3-8b_bursts": "benchmarks/results/twin/qwen3-8b_bursts_h200.json",
     "qwen3-8b": "qwen3-8b_h200",
-    "qwen3-32b_pp2": "benchmarks/results/twin/qwen3-32b_pp2_h200.json",
+    "qwen3-32b_pp2_nccl": "benchmarks/results/twin/qwen3-32b_pp2_nccl_h200.json",
+    "qwen3-32b_pp2": "qwen3-32b_pp2_h200",
 }
 """How a group's name begins -> its profile: a packaged one, or a file here. The first that fits."""
 
@@ -68,16 +70,17 @@ CAUSES = """\
 - Groups `qwen3-8b_to640` are the first three runs, of an earlier build and its own profile: steps of more than 640
   tokens were no CUDA graphs, so that the host decided how long those of 641 to 1,100 took, and the profile's decodes
   attended to equal contexts. The build is f9ebb29 with uncommitted work on profiles and first starts.
-- One GPU: in steps bound by compute it ran at its limit of 700 W, at SM clocks of 1.5-1.65 GHz under sustained prompts
-  and 1.98 GHz otherwise. A profile of short bursts does not reproduce that: steps of 1,024-1,536 tokens are predicted
-  4-5 % too fast, steps of 512-640 tokens up to 12 % too slow (sums over all steps of such a size).
-- One GPU, steps with chunks: attention takes more there than by itself, as the factors of the tables below have it.
-  Of up to 512 tokens decode attention takes 1.08 to 1.17 times the profile's, prefill attention 1.04 to 1.15 times. The
-  profile measured each alone; later ones measure decodes beside a chunk at several contexts.
-- Two GPUs: the second stage takes longer than the first for as many layers and the same batches, 6-7 % in steps of up
-  to 16 tokens and mostly 12-30 % in larger ones; the head, which the profile has, is 3 % of it. The likely cause is
-  NCCL's receive, which is launched ahead and keeps multiprocessors busy while it waits; it is to be replaced. A profile
-  does not know of it, so this one is not packaged.
+- Groups `qwen3-8b_bursts` and `qwen3-32b_pp2_nccl` are of build 17eabda and its profiles: these measured each step in
+  short bursts, after which a GPU still has its highest clock, all prompts of the same tokens; and NCCL's receives kept
+  multiprocessors busy while they waited, which made the second stage 12 to 30 % slower.
+- The other groups: profiles measure large steps with the clock that they leave a GPU (it ran at its limit of 700 W).
+  In traffic that comes thinner it has rested: a step of 129 to 2,048 tokens of Sarathi at 16/s takes 6 to 9 % less than
+  predicted. Throttle's, which come all the time, are right at that rate.
+- At 48/s and on two GPUs decode attention takes 5 to 18 % more than the profile's, whose contexts are less unlike than
+  traffic's; the attention kernel deals out keys evenly, but not what each sequence costs besides. That this is the
+  cause is a guess. TTFT beyond saturation is mostly a queue, so it multiplies such errors.
+- The 32B runs and their profile are of f258cbe with GLLM_EDGES=copy, which is the only way since; the 8B runs and
+  theirs of 5e0443b, where the profile's prompts are of different tokens.
 """
 
 
