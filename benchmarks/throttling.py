@@ -3,7 +3,7 @@
     python benchmarks/throttling.py [--trace PATH] [--rates 6,12,24,48]
 
 Runs `python -m gllm.sim compare` and keeps its table; the pages stay in out/throttling/. Everything is virtual
-time, so the machine does not matter; the cost model's roofline does.
+time, so the machine does not matter; the times are those of a profile measured on two H200s.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POLICIES = {
     "throttle:wt=false,ut=false": "decode split alone",
     "sarathi": "Sarathi, budget 2048",
 }
-CONFIG = ["--model", "qwen3-32b", "--gpu", "h200", "--pp", "4", "--max-num-seqs", "1024"]
+CONFIG = ["--model", "qwen3-32b", "--pp", "4", "--max-num-seqs", "1024", "--profile", "qwen3-32b_pp2_h200"]
 MEASURES = {
     "output_tokens_per_s": ("output tokens/s", 1, ",.0f"),
     "bubble_fraction": ("bubbles, %", 100, ".1f"),
@@ -55,7 +55,7 @@ def cell(summary: dict[str, Any], measure: str) -> str:
 
 def report(summaries: list[dict[str, Any]]) -> list[str]:
     """A table for each rate."""
-    lines = [f"Simulated: `{' '.join(CONFIG)}`, roofline costs."]
+    lines = [f"Simulated: `{' '.join(CONFIG)}`."]
     for rate in sorted({summary["rate_per_s"] for summary in summaries}):
         rows = [
             [f"`{s['policy']}`", POLICIES[s["policy"]], *(cell(s, measure) for measure in MEASURES)]
