@@ -17,6 +17,7 @@ HOT = [
         for path in sorted(Path("gllm", room).glob("*.py"))
         if path.name not in PLAIN
     ),
+    "gllm/gpu_clock.py",
     "gllm/report/recorder.py",
     "gllm/sim/driver.py",
     "gllm/sim/pipeline.py",

@@ -30,6 +30,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from gllm.parallel import Parallel
+from gllm.sim.cost import Load
 from gllm.sim.gpus import GPUS
 from gllm.sim.profiled import Profiled
 
@@ -149,7 +150,7 @@ class ReplicaCost:
 
     def __init__(self, cost: CostModel, calibration: Calibration, *, seed: int, number: int) -> None:
         self.num_stages, self.host_ns, self.return_ns = cost.num_stages, cost.host_ns, cost.return_ns
-        self.transfer_ns, self.gap_ns = cost.transfer_ns, cost.gap_ns
+        self.transfer_ns, self.gap_ns, self.clock = cost.transfer_ns, cost.gap_ns, cost.clock
         self._cost, self._class_of = cost, calibration.class_of
         self._name = f"{seed} {number}"
         self._own = [_deviations(errors.ratios) for errors in calibration.errors]
@@ -160,6 +161,18 @@ class ReplicaCost:
         """How long each stage computes."""
         factor = self._factor(work)
         return [int(time_ns * factor) for time_ns in self._cost.stage_ns(work)]
+
+    def load(self, work: Work) -> Load | None:
+        """`stage_ns` and what its clock stretches of it, all off alike; None without a clock."""
+        load = self._cost.load(work)
+        if load is None:
+            return None
+        factor = self._factor(work)
+        return Load(
+            [int(time_ns * factor) for time_ns in load.stage_ns],
+            [time_ns * factor for time_ns in load.stretched_ns],
+            load.heat,
+        )
 
     def components(self, work: Work) -> Mapping[str, Sequence[float]]:
         """Split `stage_ns` by component, all off alike."""

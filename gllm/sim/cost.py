@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from gllm.gpu_clock import GpuClock
+
 COMPONENTS = ("gemm", "prefill_attention", "decode_attention", "head", "all_reduce", "other", "launch")
 """Keys of `CostModel.components`. `launch` is the time a stage waits for its host to launch kernels."""
 
@@ -60,8 +62,16 @@ class Work(Protocol):
         """Rows that go through the head: decodes, and chunks that end a prompt."""
 
 
+class Load(NamedTuple):
+    """A micro-batch as its stages' clocks see it (`gllm.gpu_clock`)."""
+
+    stage_ns: list[int]  # as `CostModel.stage_ns`; a pipeline writes over it how long each stage took
+    stretched_ns: Sequence[float]  # what the clock stretches of each
+    heat: float  # that it would settle at
+
+
 class CostModel(Protocol):
-    """Times of one micro-batch, in nanoseconds; the same work always costs the same."""
+    """Times of one micro-batch, in nanoseconds; the same work always costs the same, but for what its clock does."""
 
     @property
     def num_stages(self) -> int:
@@ -77,6 +87,13 @@ class CostModel(Protocol):
 
     def stage_ns(self, work: Work) -> Sequence[int]:
         """How long each stage computes."""
+
+    @property
+    def clock(self) -> GpuClock | None:
+        """Of each stage; None: a stage takes what `stage_ns` says, whatever it computed before."""
+
+    def load(self, work: Work) -> Load | None:
+        """`stage_ns`, in a new list, and what the clock has to know of it; None without a clock."""
 
     def transfer_ns(self, work: Work) -> int:
         """How long activations travel from one stage to the next; zero with a single stage."""

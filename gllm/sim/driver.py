@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import simpy
 
 from gllm.core import NEVER, Request, StepResult, Stopped
-from gllm.sim.pipeline import WAKE, Instant, RecurrencePipeline
+from gllm.sim.pipeline import WAKE, Instant, recurrence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable, Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from gllm.report.decision_log import DecisionLog
     from gllm.report.recorder import Recorder
     from gllm.sim.cost import CostModel
-    from gllm.sim.pipeline import Done, Pipeline
+    from gllm.sim.pipeline import MakePipeline
 
 
 class Arrival(NamedTuple):
@@ -60,7 +60,7 @@ class Script(Protocol):
 class Simulation:
     """Plays arrivals (sorted by time, their ids 0, 1, 2, ...) against an engine in virtual time.
 
-    `pipeline` is the class of the pipeline: the recurrence, or one process per stage. With a `script`
+    `pipeline` makes the pipeline: the recurrence, or one process per stage. With a `script`
     (and a pipeline to match) the times are those of a recorded run.
     """
 
@@ -71,7 +71,7 @@ class Simulation:
         cost: CostModel,
         recorder: Recorder,
         log: DecisionLog | None = None,
-        pipeline: Callable[[simpy.Environment, int, int, Done], Pipeline] = RecurrencePipeline,
+        pipeline: MakePipeline = recurrence,
         script: Script | None = None,
     ) -> None:
         self.env = simpy.Environment()
@@ -80,6 +80,7 @@ class Simulation:
         self._host_ns, self._return_ns = cost.host_ns, cost.return_ns
         # Bound once: these are called for every micro-batch.
         self._stage_ns, self._transfer_ns, self._gap_ns = cost.stage_ns, cost.transfer_ns, cost.gap_ns
+        self._load = None if cost.clock is None else cost.load
         self._recorder = recorder
         self._log = log
         limits = engine.limits
@@ -93,7 +94,7 @@ class Simulation:
         self._true_length = array("q")  # by request id
         self._script = script
         done = self._return if script is None else self._return_amended
-        self._submit = pipeline(self.env, cost.num_stages, memory, done).submit
+        self._submit = pipeline(self.env, cost.num_stages, memory, done, cost.clock).submit
         self.env.process(self._arrive(arrivals, _arrival_ns if script is None else script.due_ns))
         if script is not None:
             self.env.process(self._abort(script.aborts))
@@ -181,10 +182,11 @@ class Simulation:
 
     def _dispatch(self, plan: Plan, now: int) -> None:
         view = self._view
-        costs = self._stage_ns(plan)
+        load = None if self._load is None else self._load(plan)
+        costs = self._stage_ns(plan) if load is None else load.stage_ns
         after = plan.depends_on if self._looks_ahead else NEVER  # else its tokens are back already
         ready, transfer, gap = now + self._host_ns, self._transfer_ns(plan), self._gap_ns(plan)
-        ends = self._submit(ready, costs, transfer, gap, self._return_ns, after)
+        ends = self._submit(ready, costs, transfer, gap, self._return_ns, after, load)
         stopped: list[Stopped] = []
         self._flights.append((plan, costs, ends, stopped, now, (view.num_waiting, view.num_running)))
         for sequence in plan.prefilled:

@@ -5,6 +5,9 @@ The recurrence is exact for FIFO stages and costs one event a micro-batch:
     start[k][s] = max(end[k][s-1] + transfer[k], end[k-1][s] + gap[k])
     end[k][s]   = start[k][s] + cost[k][s]
 
+Where stages have clocks (`gllm.gpu_clock`), cost[k][s] depends on start[k][s] and on what the stage computed before;
+the recurrence goes on to be exact, for it meets each stage's micro-batches in their order.
+
 The process-per-stage pipeline says the same thing in simpy's words. It is slower and stays as the
 reference: a test holds the two equal, event for event.
 """
@@ -18,8 +21,13 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 import simpy
 
+from gllm.gpu_clock import StageClock
+
 if TYPE_CHECKING:
     from collections.abc import Generator
+
+    from gllm.gpu_clock import GpuClock
+    from gllm.sim.cost import Load
 
 RESULT: Final = 2
 WAKE: Final = 3
@@ -52,7 +60,14 @@ class Pipeline(Protocol):
     """Takes micro-batches 0, 1, 2, ... and is done with each `return_ns` after its last stage has ended."""
 
     def submit(  # noqa: PLR0917 - called for every micro-batch, where names cost
-        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, gap_ns: int, return_ns: int, after: int
+        self,
+        ready_ns: int,
+        costs_ns: Sequence[int],
+        transfer_ns: int,
+        gap_ns: int,
+        return_ns: int,
+        after: int,
+        load: Load | None,
     ) -> Sequence[int]:
         """Enter the next micro-batch; return when each stage ends it, complete when its result is back.
 
@@ -64,7 +79,20 @@ class Pipeline(Protocol):
             return_ns: from the last stage back to the engine.
             after: the batch whose sampled tokens stage 0 needs, if it may still be on the road; else -1. With one
                 stage they are on its GPU already, with more they come back by way of the engine.
+            load: for stages with clocks; `costs_ns` is its list then, and has in it how long each stage took when the
+                result is back.
         """
+
+
+MakePipeline = Callable[[simpy.Environment, int, int, Done, "GpuClock | None"], Pipeline]
+"""Of so many stages, whose `after` reaches back so far, and with such clocks, if any."""
+
+
+def recurrence(env: simpy.Environment, num_stages: int, memory: int, done: Done, clock: GpuClock | None) -> Pipeline:
+    """The recurrence; with a clock in each stage, if there is one: what has none does not pay for it."""
+    if clock is None:
+        return RecurrencePipeline(env, num_stages, memory, done)
+    return ClockedPipeline(env, num_stages, memory, done, clock)
 
 
 class RecurrencePipeline:
@@ -85,7 +113,14 @@ class RecurrencePipeline:
         self._count = 0
 
     def submit(  # noqa: PLR0917
-        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, gap_ns: int, return_ns: int, after: int
+        self,
+        ready_ns: int,
+        costs_ns: Sequence[int],
+        transfer_ns: int,
+        gap_ns: int,
+        return_ns: int,
+        after: int,
+        load: Load | None,  # noqa: ARG002 - there are no clocks
     ) -> Sequence[int]:
         """Enter the next micro-batch."""
         time = ready_ns
@@ -111,24 +146,77 @@ class RecurrencePipeline:
         event.callbacks = self._callbacks  # simpy takes them off what it has processed
 
 
+class ClockedPipeline(RecurrencePipeline):
+    """The recurrence where a stage's clock follows what it computes."""
+
+    def __init__(self, env: simpy.Environment, num_stages: int, memory: int, done: Done, clock: GpuClock) -> None:
+        super().__init__(env, num_stages, memory, done)
+        self._clocks = [StageClock(clock) for _ in range(num_stages)]
+
+    def submit(  # noqa: PLR0917
+        self,
+        ready_ns: int,
+        costs_ns: Sequence[int],  # noqa: ARG002 - they are the load's
+        transfer_ns: int,
+        gap_ns: int,
+        return_ns: int,
+        after: int,
+        load: Load | None,
+    ) -> Sequence[int]:
+        """Enter the next micro-batch: find out how long each stage takes for it, then go on as without clocks."""
+        assert load is not None
+        times_ns, heat = load.stage_ns, load.heat
+        first_ns = self._first_ns(ready_ns, return_ns, after)
+        time = first_ns
+        for stage, (clock, end) in enumerate(zip(self._clocks, self._ends, strict=True)):
+            start = max(time, end + gap_ns)
+            cost = clock.step(start - end - gap_ns, times_ns[stage], load.stretched_ns[stage], heat)
+            times_ns[stage] = cost
+            time = start + cost + transfer_ns
+        return super().submit(first_ns, times_ns, transfer_ns, gap_ns, return_ns, -1, None)
+
+    def _first_ns(self, ready_ns: int, return_ns: int, after: int) -> int:
+        """When stage 0 has what it needs."""
+        if after >= 0 and after >= self._count - len(self._exits):
+            return max(ready_ns, self._exits[after - self._count] + (return_ns if len(self._ends) > 1 else 0))
+        return ready_ns
+
+
 class ProcessPipeline:
     """One simpy process per stage, joined by queues."""
 
-    def __init__(self, env: simpy.Environment, num_stages: int, memory: int, done: Done) -> None:  # noqa: ARG002 - same signature
+    def __init__(
+        self,
+        env: simpy.Environment,
+        num_stages: int,
+        memory: int,  # noqa: ARG002 - same signature
+        done: Done,
+        clock: GpuClock | None,
+    ) -> None:
         self._env, self._done = env, done
+        self._clocks = None if clock is None else [StageClock(clock) for _ in range(num_stages)]
         self._exits: list[simpy.Event] = []
         self._queues = [simpy.Store(env) for _ in range(num_stages)]
         for stage in range(num_stages):
             env.process(self._stage(stage))
 
     def submit(  # noqa: PLR0917
-        self, ready_ns: int, costs_ns: Sequence[int], transfer_ns: int, gap_ns: int, return_ns: int, after: int
+        self,
+        ready_ns: int,
+        costs_ns: Sequence[int],
+        transfer_ns: int,
+        gap_ns: int,
+        return_ns: int,
+        after: int,
+        load: Load | None,
     ) -> Sequence[int]:
         """Enter the next micro-batch."""
         token = self._exits[after] if after >= 0 else None
         self._exits.append(self._env.event())
         ends: list[int] = []
-        self._queues[0].put(_Job(ready_ns, costs_ns, transfer_ns, gap_ns, return_ns, token, self._exits[-1], ends))
+        self._queues[0].put(
+            _Job(ready_ns, costs_ns, transfer_ns, gap_ns, return_ns, load, token, self._exits[-1], ends)
+        )
         return ends
 
     def _stage(self, stage: int) -> Generator[simpy.Event, Any, None]:
@@ -140,6 +228,10 @@ class ProcessPipeline:
                 exit_ns = yield job.token
                 arrival = max(arrival, exit_ns + (job.return_ns if len(self._queues) > 1 else 0))
             yield env.timeout(max(0, arrival - env.now, end + job.gap_ns - env.now))
+            if self._clocks is not None and job.load is not None:
+                times_ns, stretched_ns, heat = job.load
+                idle_ns = int(env.now) - end - job.gap_ns
+                times_ns[stage] = self._clocks[stage].step(idle_ns, times_ns[stage], stretched_ns[stage], heat)
             yield env.timeout(job.costs_ns[stage])
             end = int(env.now)
             job.ends.append(end)
@@ -156,6 +248,7 @@ class _Job(NamedTuple):
     transfer_ns: int
     gap_ns: int
     return_ns: int
+    load: Load | None
     token: simpy.Event | None
     exit: simpy.Event
     ends: list[int]

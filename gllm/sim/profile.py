@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gllm.gpu_clock import GpuClock
 from gllm.model_shape import ModelShape
 from gllm.parallel import Parallel
 from gllm.sim.cost import BatchWork, batch_work
@@ -59,6 +60,7 @@ class Profile:
     transfer: Curve | None  # by tokens
     dispatch_ns: int
     return_ns: int
+    clock: GpuClock | None  # None: what a step takes does not depend on those before it
     checks: tuple[Check, ...]
 
 
@@ -161,6 +163,7 @@ def _profile(top: Fields, name: str) -> Profile:
         transfer=None if top.is_absent("transfer") else top.part("transfer").curve("tokens"),
         dispatch_ns=host.whole("dispatch_ns"),
         return_ns=host.whole("return_ns"),
+        clock=None if top.is_absent("clock") else _clock(top.part("clock")),
         checks=tuple(_check(part, parallel.pp) for part in top.parts("checks")),
     )
 
@@ -171,6 +174,10 @@ def _tokens(part: Fields, graph_sizes: tuple[int, ...]) -> Curve:
     if missing:
         raise part.wrong("tokens", f"has no point at {missing[0]}, which is in token_graph_sizes")
     return curve
+
+
+def _clock(part: Fields) -> GpuClock:
+    return GpuClock(tau_ns=part.whole("tau_ns", 1), slowdown=part.share("slowdown"), knee=part.share("knee"))
 
 
 def _parallel(part: Fields) -> Parallel:

@@ -71,6 +71,13 @@ class Fields:
         """A whole number from `low`."""
         return self.integers(key, [self.get(key)], low)[0]
 
+    def share(self, key: str) -> float:
+        """A number from 0 to less than 1."""
+        value = self.get(key)
+        if type(value) not in {int, float} or not 0 <= value < 1:
+            raise self.wrong(key, f"is {value!r}, not a number from 0 to less than 1")
+        return float(value)
+
     def integers(self, key: str, values: object, low: int = 0) -> tuple[int, ...]:
         """A list of whole numbers from `low`."""
         if not isinstance(values, list):

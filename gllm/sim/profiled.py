@@ -8,6 +8,9 @@ docs/profile.md has the composition. L layers of a stage, all of the profile's:
     the last stage besides       head(rows)
     between steps of a stage     gap
 
+These are times of steps in a row with their like. Where the profile has a clock (`gllm.gpu_clock`), the base of a
+step with chunks is stretched by it; decodes alone wait for memory.
+
 Where a step is a CUDA graph, decode(n) and tokens(T) are of the next captured size, and so is the head. Beyond its
 tables a part goes on as the roofline does, scaled to the nearest measured point; `Profiled.notes` says which did.
 """
@@ -23,7 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from gllm.graph_sizes import padded
 from gllm.parallel import Parallel
 from gllm.sim.constants import RooflineConstants
-from gllm.sim.cost import COMPONENTS
+from gllm.sim.cost import COMPONENTS, Load
 from gllm.sim.gpus import GPUS
 from gllm.sim.interpolation import Curve, Sheet, look_up, two_times
 from gllm.sim.roofline_parts import RooflineParts, scaled
@@ -62,6 +65,7 @@ class Profiled:
         self._profile = self._on_gpu(profile, shape, gpu, parallel, constants)
         self._num_layers = [stage.num_layers for stage in parallel.stages(shape)]
         self._all_layers = profile.num_layers
+        self.clock = self._profile.clock
         if parallel.pp > 1 and profile.transfer is None:
             self._note("transfers between stages are the roofline's: the profile was made with one stage")
         self._prepare()
@@ -107,6 +111,10 @@ class Profiled:
         self._alone_ns = cache(lambda num_tokens: one.slice(num_tokens).times())
         self._alone_and_each_ns = cache(lambda num_tokens: two_times(one.slice(num_tokens), each.slice(num_tokens)))
         self._decode = cache(self._decode_step)
+        # Both products and what a step takes grow with the model: their rate, by the best one, is one of tokens.
+        self._best_rate = max(num / ns for num, ns in zip(*profile.tokens, strict=True) if ns) if self.clock else 0.0
+        self._computed = cache(partial(_padded_within, profile.token_graph_sizes))
+        self._computed_alone = cache(partial(_padded_within, profile.graph_sizes))
 
     def _on_gpu(
         self, profile: Profile, shape: ModelShape, gpu: Gpu, parallel: Parallel, constants: RooflineConstants
@@ -184,6 +192,27 @@ class Profiled:
         times[-1] += head_ns
         return times
 
+    def load(self, work: Work) -> Load | None:
+        """`stage_ns` and what the clock has to know of it; None without a clock."""
+        clock = self.clock
+        if clock is None:
+            return None
+        if work.num_prefill_tokens:
+            base_ns, decode_ns, prefill_ns, head_ns = self._chunked_parts(work)
+            layers_ns, stretched_ns = fsum((base_ns, decode_ns, prefill_ns)), base_ns
+            num_tokens = self._computed(work.num_prefill_tokens + work.num_decode_tokens)
+        else:
+            base_ns, attention_ns, head_ns = self._decode(work.num_decode_tokens)
+            layers_ns, stretched_ns = base_ns + attention_ns(work.decode_context), 0.0
+            num_tokens = self._computed_alone(work.num_decode_tokens)
+        times, stretched, all_layers = [], [], self._all_layers
+        for num_layers in self._num_layers:
+            times.append(int(layers_ns * num_layers / all_layers))
+            stretched.append(stretched_ns * num_layers / all_layers)
+        times[-1] += head_ns
+        rate = num_tokens / (layers_ns * self._best_rate) if layers_ns > 0 else 0.0
+        return Load(times, stretched, clock.steady_heat(rate))
+
     def _chunked_parts(self, work: Work) -> tuple[float, float, float, int]:
         """Of all layers: the tokens' share, decodes, prefill attention; and the head."""
         num_decode, decode_ns = work.num_decode_tokens, 0.0
@@ -228,6 +257,11 @@ class Profiled:
         }
         head = [0.0] * (self.num_stages - 1) + [float(head_ns)]
         return {**shares, "head": head}
+
+
+def _padded_within(sizes: Sequence[int], num: int) -> int:
+    """What a step computes: the next captured size, itself beyond the largest."""
+    return padded(num, sizes) if sizes and num <= sizes[-1] else num
 
 
 class _DecodeStep(NamedTuple):

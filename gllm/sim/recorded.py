@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     import simpy
 
     from gllm.core import Plan, Request, StepResult, Turn
-    from gllm.sim.cost import Work
+    from gllm.gpu_clock import GpuClock
+    from gllm.sim.cost import Load, Work
     from gllm.sim.driver import Arrival
     from gllm.sim.pipeline import Done
     from gllm.sim.recording import Recording
@@ -51,7 +52,13 @@ def simulate_recording(recording: Recording, log_path: Path, watch: Callable[[Pl
     script = RecordedScript(recording)
     cost, failure = _NoCost(watch), None
 
-    def pipeline(env: simpy.Environment, num_stages: int, memory: int, done: Done) -> RecordedPipeline:  # noqa: ARG001
+    def pipeline(
+        env: simpy.Environment,
+        num_stages: int,  # noqa: ARG001
+        memory: int,  # noqa: ARG001
+        done: Done,
+        clock: GpuClock | None,  # noqa: ARG001
+    ) -> RecordedPipeline:
         return RecordedPipeline(env, recording.returns_ns, done)
 
     with CheckedLog(log_path, script) as log:
@@ -82,6 +89,7 @@ class RecordedPipeline:
         gap_ns: int,  # noqa: ARG002
         return_ns: int,  # noqa: ARG002
         after: int,  # noqa: ARG002
+        load: Load | None,  # noqa: ARG002
     ) -> Sequence[int]:
         """Enter the next micro-batch."""
         ends = self._returns_ns[self._count : self._count + 1]
@@ -168,7 +176,7 @@ class CheckedLog(DecisionLog):
 class _NoCost:
     """A cost model of one stage that takes no time: results have times of their own."""
 
-    num_stages, host_ns, return_ns = 1, 0, 0
+    num_stages, host_ns, return_ns, clock = 1, 0, 0, None
 
     def __init__(self, watch: Callable[[Plan], object] | None) -> None:
         self._watch = watch
@@ -177,6 +185,9 @@ class _NoCost:
         if self._watch is not None:
             self._watch(cast("Plan", work))  # a driver asks once for each plan, in order
         return (0,)
+
+    def load(self, work: Work) -> None:
+        """Nothing."""
 
     def transfer_ns(self, work: Work) -> int:  # noqa: ARG002
         return 0

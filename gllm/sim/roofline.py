@@ -183,6 +183,7 @@ class Roofline:
     ) -> None:
         parallel.check(shape)
         self.num_stages, self.host_ns, self.return_ns = parallel.pp, constants.host_ns, constants.return_ns
+        self.clock = None  # a data sheet does not say how it follows what is computed
         self._constants, self._rank = constants, _Rank(shape, gpu, parallel, constants)
         stages = parallel.stages(shape)
         self._kinds = tuple(dict.fromkeys(stages))  # equal stages cost the same; the last stage is the last kind
@@ -254,6 +255,9 @@ class Roofline:
             times.append(int(time_ns) if time_ns > floor_ns else floor_ns)
         times[-1] += self._head_ns(work.num_sampled)
         return times if self._spread is None else self._spread(times)
+
+    def load(self, work: Work) -> None:
+        """Nothing: there is no clock."""
 
     def transfer_ns(self, work: Work) -> int:
         """How long hidden states take to the next stage; zero with a single stage."""

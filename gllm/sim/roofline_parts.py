@@ -85,7 +85,7 @@ class RooflineParts:
 def scaled(profile: Profile, source: RooflineParts, target: RooflineParts) -> Profile:
     """The profile as if made on another GPU: each time by what the roofline says of the two. What the host does stays.
 
-    Transfers are dropped where `source` has a single stage, which has none.
+    Transfers are dropped where `source` has a single stage, which has none; the clock's ways too, which are its own.
     """
     has_transfer = profile.transfer is not None and source.transfer(1) > 0
     attention = _ratio(source.prefill_attention, target.prefill_attention)
@@ -106,6 +106,7 @@ def scaled(profile: Profile, source: RooflineParts, target: RooflineParts) -> Pr
         transfer=_scaled_curve(profile.transfer, _ratio(source.transfer, target.transfer))
         if profile.transfer is not None and has_transfer
         else None,
+        clock=None,
     )
 
 

@@ -11,19 +11,17 @@ from gllm.core import PlanError, Request, StallError
 from gllm.report.decision_log import DecisionLog
 from gllm.report.recorder import Recorder
 from gllm.sim.driver import Arrival, Simulation
-from gllm.sim.pipeline import RecurrencePipeline
+from gllm.sim.pipeline import recurrence
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from contextlib import AbstractContextManager
     from pathlib import Path
 
-    import simpy
-
     from gllm.report.record import RunRecord
     from gllm.sim.config import Setup, SimConfig
     from gllm.sim.cost import CostModel
-    from gllm.sim.pipeline import Done, Pipeline
+    from gllm.sim.pipeline import MakePipeline
     from gllm.trace import Trace, TraceRequest
 
     Progress = Callable[[int, Callable[[], int]], AbstractContextManager[object]]
@@ -40,7 +38,7 @@ def simulate(
     log_path: Path | None = None,
     digest: bool = False,
     progress: Progress | None = None,
-    pipeline: Callable[[simpy.Environment, int, int, Done], Pipeline] = RecurrencePipeline,
+    pipeline: MakePipeline = recurrence,
 ) -> RunRecord:
     """Replay `trace` in virtual time.
 
@@ -51,7 +49,7 @@ def simulate(
         log_path: Where to write the decision log; None: nowhere.
         digest: Hash the decisions even if no log is written.
         progress: Told how far the run is, while it goes.
-        pipeline: The class of the pipeline; a test holds the two that exist equal.
+        pipeline: What makes the pipeline; a test holds the two that exist equal.
 
     Raises:
         ValueError: The configuration does not fit together.

@@ -28,6 +28,11 @@ class FixedCost:
         tokens = work.num_prefill_tokens + work.num_decode_tokens
         return (self.batch_ns + self.token_ns * tokens,) * self.num_stages
 
+    clock = None
+
+    def load(self, work: Work) -> None:
+        """Nothing: there is no clock."""
+
     def transfer_ns(self, work: Work) -> int:  # noqa: ARG002 - a hop takes the same for any work
         """How long a hop between stages takes; zero with a single stage."""
         return self.hop_ns if self.num_stages > 1 else 0

@@ -10,7 +10,7 @@ from gllm.core import Engine, Limits, Request
 from gllm.policy import parse_policy
 from gllm.report.recorder import Recorder
 from gllm.sim.driver import Arrival, Simulation
-from gllm.sim.pipeline import RecurrencePipeline
+from gllm.sim.pipeline import recurrence
 
 POLICY_SPECS = ("throttle", "throttle:wt=false,ut=false", "sarathi:token_budget=64", "prefill_first", "orca")
 
@@ -37,7 +37,7 @@ def tied_traffic(count, seed=0, *, gap_ns=10):
 class Played:
     """A finished simulation: its record, its engine, and whatever the log wrote."""
 
-    def __init__(self, arrivals, *, policy="sarathi", cost=None, log=None, pipeline=RecurrencePipeline, **limits):
+    def __init__(self, arrivals, *, policy="sarathi", cost=None, log=None, pipeline=recurrence, **limits):
         cost = cost or FixedCost()
         limits = Limits(**{"num_blocks": 10_000, "depth": cost.num_stages, **limits})
         self.engine = Engine(parse_policy(policy), limits, keep_snapshots=log is not None)

@@ -140,6 +140,9 @@ def contents(**changes):
     return values | changes
 
 
+CLOCK = {"tau_ns": 2_000_000, "slowdown": 0.2, "knee": 0.3}
+
+
 def two_stages(**changes):
     """The same, made with two stages."""
     stages = {"parallel": {"pp": 2, "tp": 1, "ep": 1}, "checks": []}

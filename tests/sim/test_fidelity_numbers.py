@@ -16,12 +16,13 @@ from sim.recorded_runs import draw_script, record, small_limits
 from sim.twin_runs import BASE, record_run, small_trace, write_columns
 
 from gllm.console.output import FIDELITY_FILES
+from gllm.gpu_clock import GpuClock, StageClock
 from gllm.parallel import Parallel
 from gllm.report.decision_log import LOG_NAME
 from gllm.report.metrics import summarize
 from gllm.report.record_file import write_record
 from gllm.sim.cli import main
-from gllm.sim.cost import batch_work
+from gllm.sim.cost import Load, batch_work
 from gllm.sim.fidelity.compare import Comparison, compare
 from gllm.sim.fidelity.free import run_free
 from gllm.sim.fidelity.metrics import compare_metrics
@@ -48,12 +49,17 @@ def compared(folder, log, cost=None, bar=2.0):
 class Slower:
     """A cost model `times` as slow in everything."""
 
+    clock = None
+
     def __init__(self, cost, times=2):
         self._cost, self._times = cost, times
         self.num_stages, self.host_ns, self.return_ns = cost.num_stages, times * cost.host_ns, times * cost.return_ns
 
     def stage_ns(self, work):
         return [self._times * time for time in self._cost.stage_ns(work)]
+
+    def load(self, _):
+        return None
 
     def transfer_ns(self, work):
         return self._times * self._cost.transfer_ns(work)
@@ -506,6 +512,39 @@ def test_host_times_are_taken_where_they_show_by_themselves():
         "gap before decodes": (1, 500_000, 0),
         "gap before others": (0, None, None),
     }
+
+
+class Hot(FixedCost):
+    """All that it computes is as hot as can be."""
+
+    clock = GpuClock(tau_ns=1_000_000, slowdown=0.5, knee=0.0)
+
+    def load(self, work):
+        return Load([*self.stage_ns(work)], [*map(float, self.stage_ns(work))], 1.0)
+
+
+def test_steps_are_predicted_for_when_they_were_computed():
+    """Four in a row, the last two much later; a gap is no rest."""
+    starts = [0.0, 0.0011, 1.0, 1.0011]
+    made = made_record(
+        batches=[(0.001 * at, 9, 0, 5, 0, 1, -1, 0) for at in range(4)],
+        stages=[[(start, start + 0.001)] for start in starts],
+        done=[at + 2 for at in starts],
+        num_stages=1,
+    )
+    predictions = Predictions(Hot(batch_ns=1_000_000, between_ns=100_000))
+    for _ in range(4):
+        predictions.watch(SimpleNamespace(depends_on=-1, **asdict(batch_work(chunks=[(0, 9)]))))
+    assert predictions.stage_ns.tolist() == [[1_000_000]] * 4, "without the clock"
+    stretch_ns = predictions.stretch_ns(made.stage_start_ns, made.stage_end_ns)[:, 0].tolist()
+    clock = StageClock(Hot.clock)
+    by_hand = [clock.step(idle_ns, 1_000_000, 1e6, 1.0) - 1_000_000 for idle_ns in (0, 0, 997_900_000 - 100_000, 0)]
+    assert stretch_ns == pytest.approx(by_hand, abs=2), "stamps are in seconds here"
+    assert by_hand[0] < by_hand[1] < 0
+    assert by_hand[2:] == pytest.approx(by_hand[:2], abs=2)
+    *_, row = stage_errors(predictions, made)
+    assert row.predicted_s == pytest.approx((4_000_000 + sum(stretch_ns)) / 1e9)
+    assert row.components_s == {"gemm": pytest.approx(row.predicted_s)}
 
 
 def test_mixed_batches_are_looked_at_by_size():

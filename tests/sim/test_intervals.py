@@ -11,7 +11,7 @@ from random import Random
 import pytest
 from report.pages import check_page
 from sim.played import arrival, play
-from sim.profiles import SHAPE, contents, profile, step, written
+from sim.profiles import CLOCK, SHAPE, contents, profile, step, written
 from sim.twin_runs import BASE, record_run, small_trace
 
 from gllm.parallel import Parallel
@@ -36,6 +36,7 @@ class Machine:
         self._numbers = count() if by_step else repeat(0)
         self.num_stages, self.host_ns, self.return_ns = cost.num_stages, cost.host_ns, cost.return_ns
         self.transfer_ns, self.gap_ns = cost.transfer_ns, cost.gap_ns
+        self.clock, self.load = cost.clock, cost.load
 
     def stage_ns(self, work):
         n = work.num_decode_tokens
@@ -185,6 +186,17 @@ def test_the_rest_of_the_cost_is_as_predicted(tmp_path):
     assert (replica.gap_ns(work), replica.transfer_ns(work)) == (cost.gap_ns(work), cost.transfer_ns(work))
     for name, row in cost.components(work).items():
         assert replica.components(work)[name] == [2 * time for time in row]
+    assert (replica.clock, replica.load(work)) == (None, None)
+
+
+def test_what_a_clock_stretches_is_off_as_the_step_is(tmp_path):
+    made = profile(tmp_path, contents(clock=CLOCK))
+    cost = Profiled(profile=made, shape=SHAPE, gpu=get_gpu("h200"))
+    replica = ReplicaCost(cost, same(2.0, 2.0, 2.0, 2.0), seed=0, number=0)
+    work = step(chunks=[(0, 100)], contexts=[70, 80])
+    load = cost.load(work)
+    times_ns, stretched_ns = ([2 * time for time in row] for row in load[:2])
+    assert (replica.clock, replica.load(work)) == (made.clock, (times_ns, stretched_ns, load.heat))
 
 
 def test_no_step_goes_back_in_time(tmp_path):

@@ -4,9 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
-from sim.profiles import SHAPE, contents, profile, two_stages, written
+from sim.profiles import CLOCK, SHAPE, contents, profile, two_stages, written
 from sim.test_cli import call
 
+from gllm.gpu_clock import GpuClock
 from gllm.model_shape import load_shape
 from gllm.parallel import Parallel
 from gllm.sim import profile as profile_module
@@ -48,6 +49,13 @@ def test_what_may_be_left_out(tmp_path):
     assert read.token_graph_sizes == ()
     read = profile(tmp_path, contents(head=None))
     assert read.head == read.graph_head
+
+
+def test_a_clock_is_read_where_there_is_one(tmp_path):
+    assert profile(tmp_path).clock is profile(tmp_path, contents(clock=None)).clock is None
+    found = profile(tmp_path, contents(clock={**CLOCK, "tokens": "not read"})).clock
+    assert found == GpuClock(tau_ns=2_000_000, slowdown=0.2, knee=0.3)
+    assert profile(tmp_path, contents(clock={**CLOCK, "knee": 0})).clock.knee == 0.0
 
 
 def test_rows_that_were_not_measured_at_all_are_left_out(tmp_path):
@@ -118,6 +126,14 @@ WRONG = [
     ("transfer", {"tokens": [1]}, "field transfer.ns is missing"),
     ("gap.chunked_ns", -5, "field gap.chunked_ns holds -5"),
     ("host.return_ns", ..., "field host.return_ns is missing"),
+    ("clock", [1], "field clock is no object"),
+    ("clock", {"slowdown": 0.2, "knee": 0.3}, "field clock.tau_ns is missing"),
+    ("clock", {**CLOCK, "tau_ns": 0}, "field clock.tau_ns holds 0, not a whole number of at least 1"),
+    ("clock", {**CLOCK, "tau_ns": 1.5}, "field clock.tau_ns holds 1.5, not a whole number of at least 1"),
+    ("clock", {**CLOCK, "slowdown": True}, "field clock.slowdown is True, not a number from 0 to less than 1"),
+    ("clock", {**CLOCK, "slowdown": -0.1}, "field clock.slowdown is -0.1, not a number from 0 to less than 1"),
+    ("clock", {**CLOCK, "knee": 1.0}, "field clock.knee is 1.0, not a number from 0 to less than 1"),
+    ("clock", {**CLOCK, "knee": float("nan")}, "field clock.knee is nan, not a number from 0 to less than 1"),
     ("checks", {}, "field checks is no list"),
     ("checks.0", 5, "field checks[0] is no object"),
     ("checks.0.chunks", None, "field checks[0].chunks is no list"),

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim import profiles
-from sim.profiles import SHAPE, contents, profile, stamped, step, two_stages, written
+from sim.profiles import CLOCK, SHAPE, contents, profile, stamped, step, two_stages, written
 
 from gllm.parallel import Parallel
 from gllm.report.metrics import summarize
@@ -488,6 +488,41 @@ def test_a_device_without_a_data_sheet_is_taken_as_it_is(folder, formula):
     assert cost.notes == ["profile formula: cpu has no data sheet; beyond the tables the roofline is that of l4"]
 
 
+# --- the clock -------------------------------------------------------------------------------------------------
+
+
+def test_a_load_is_the_times_of_a_row_and_what_the_clock_has_to_know(folder):
+    cost = model(folder, contents(clock=CLOCK), parallel=Parallel(pp=2))
+    for work in [*WORKS, step([(0, 1024)]), step([(0, 500)], [700] * 64)]:
+        load = cost.load(work)
+        assert load.stage_ns == cost.stage_ns(work)
+        assert load.stage_ns is not cost.load(work).stage_ns
+        base = cost.components(work)["gemm"] if work.num_prefill_tokens else [0.0, 0.0]
+        assert load.stretched_ns == base, "decodes alone are not stretched"
+        layers_ns = sum(sum(row) for name, row in cost.components(work).items() if name != "head")
+        best = 1024 / profiles.tokens(1024)
+        computed = work.num_prefill_tokens + work.num_decode_tokens
+        computed = profiles.padded(computed, profiles.TOKEN_GRAPHS) if 16 < computed <= 128 else max(computed, 16)
+        assert load.heat == pytest.approx(max(0.0, (computed / layers_ns / best - 0.3) / 0.7))
+    assert model(folder).load(WORKS[0]) is None
+
+
+def test_the_largest_step_has_full_heat_and_few_decodes_none(folder):
+    cost = model(folder, contents(clock=CLOCK))
+    assert cost.load(step([(0, 64)] * 16, num_sampled=0)).heat == pytest.approx(1.0)
+    assert cost.load(step(contexts=[900] * 9)).heat == 0.0
+
+
+def test_another_gpus_clock_is_not_known(folder):
+    cost = model(folder, contents(clock=CLOCK), gpu="h100")
+    assert (cost.clock, cost.load(WORKS[0])) == (None, None)
+    assert model(folder, contents(clock=CLOCK, gpu=None), gpu="h100").clock is not None
+
+
+def test_checks_are_steps_in_a_row(tmp_path):
+    assert residuals(profile(tmp_path, contents(clock=CLOCK))) == residuals(profile(tmp_path))
+
+
 # --- what it is used for ---------------------------------------------------------------------------------------
 
 
@@ -523,9 +558,10 @@ def config(path, pp):
     return SimConfig(model=profiles.MODEL, profile=str(path), parallel=Parallel(pp=pp), num_blocks=2000, trace=CHAT)
 
 
+@pytest.mark.parametrize("clock", [None, CLOCK])
 @pytest.mark.parametrize("pp", [1, 3])
-def test_a_whole_run(folder, pp):
-    case = config(written(folder), pp)
+def test_a_whole_run(folder, pp, clock):
+    case = config(written(folder, contents(clock=clock)), pp)
     one = simulate(case, CHAT.load(), digest=True, pipeline=ProcessPipeline)
     other = simulate(case, CHAT.load(), digest=True)
     assert one.decision_sha256 == other.decision_sha256
@@ -552,3 +588,9 @@ def test_the_model_may_be_given_as_a_shape(folder):
     case = replace(config(written(folder), 1), model=SHAPE)
     assert case.resolve().to_json()["model_source"] == profiles.MODEL
     assert isinstance(case.resolve().cost, Profiled)
+
+
+def test_a_clock_makes_light_traffic_faster(folder):
+    records = [simulate(config(written(folder, contents(clock=clock)), 1), CHAT.load()) for clock in (CLOCK, None)]
+    clocked, plain = ((each.stage_end_ns - each.stage_start_ns).sum() for each in records)
+    assert 0.8 * plain < clocked < plain

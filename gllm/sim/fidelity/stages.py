@@ -1,7 +1,8 @@
 """Where the error comes from: what the cost model says of each recorded micro-batch beside what it took.
 
 The recorded plans are planned again by a simulation on recorded times, which shows each to a `Predictions`. Stage
-times are from start to end as the workers stamped them.
+times are from start to end as the workers stamped them. Where stages have clocks, what a micro-batch is predicted to
+take depends on when those before it were computed: for that, too, stamps are taken.
 
     transfer    a stage's end to the next one's start, where that had nothing to do when the data left
     dispatch    the engine's decision to the start of stage 0, where all results were back
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from gllm.gpu_clock import StageClock
 from gllm.sim.cost import COMPONENTS
 from gllm.sim.fidelity.factors import component_factors
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 
     from gllm.core import Plan
     from gllm.report.record import RunRecord
-    from gllm.sim.cost import CostModel
+    from gllm.sim.cost import CostModel, Load
     from gllm.sim.fidelity.factors import Factor
 
     Times = NDArray[np.int64]
@@ -53,6 +55,7 @@ class Predictions:
         self.transfer_ns: list[int] = []
         self.gap_ns: list[int] = []
         self._stage_ns: list[Sequence[int]] = []
+        self._loads: list[Load | None] = []
         self._parts: dict[str, list[Sequence[float]]] = defaultdict(list)
 
     def watch(self, plan: Plan) -> None:
@@ -61,6 +64,7 @@ class Predictions:
         self.depends_on.append(plan.depends_on)
         self.transfer_ns.append(self.cost.transfer_ns(plan))
         self._stage_ns.append(self.cost.stage_ns(plan))
+        self._loads.append(self.cost.load(plan))
         self.gap_ns.append(self.cost.gap_ns(plan))
         for name, times in self.cost.components(plan).items():
             self._parts[name].append(times)
@@ -72,8 +76,22 @@ class Predictions:
 
     @property
     def stage_ns(self) -> Times:
-        """(P, S) from start to end."""
+        """(P, S) from start to end, in a row with their like where stages have clocks."""
         return np.array(self._stage_ns, dtype=np.int64).reshape(-1, self.cost.num_stages)
+
+    def stretch_ns(self, start_ns: Times, end_ns: Times) -> Times:
+        """(P, S) what clocks add to that, or take away, where the first plans start and end so; below zero for many."""
+        found = np.zeros_like(start_ns)
+        if self.cost.clock is None:
+            return found
+        for stage in range(found.shape[1]):
+            clock, last_ns = StageClock(self.cost.clock), start_ns[:1, stage].sum()
+            for number, (load, gap_ns) in enumerate(zip(self._loads[: len(found)], self.gap_ns, strict=False)):
+                assert load is not None
+                settled_ns, idle_ns = load.stage_ns[stage], int(start_ns[number, stage] - last_ns) - gap_ns
+                took_ns = clock.step(idle_ns, settled_ns, load.stretched_ns[stage], load.heat)
+                found[number, stage], last_ns = took_ns - settled_ns, end_ns[number, stage]
+        return found
 
     def parts_ns(self) -> dict[str, NDArray[np.float64]]:
         """(P, S) of each component that `stage_ns` has."""
@@ -114,10 +132,13 @@ class WaitError:
 def stage_errors(predictions: Predictions, record: RunRecord) -> list[StageError]:
     """For each stage its kinds of micro-batches, as far as there are any, then all of them."""
     size = min(predictions.num_plans, record.batches.size)
-    measured, predicted = (record.stage_end_ns - record.stage_start_ns)[:size], predictions.stage_ns[:size]
+    start_ns, end_ns = record.stage_start_ns[:size], record.stage_end_ns[:size]
+    stretch_ns = predictions.stretch_ns(start_ns, end_ns)
+    measured, predicted = end_ns - start_ns, predictions.stage_ns[:size] + stretch_ns
     num_tokens = (record.batches["num_prefill_tokens"] + record.batches["num_decode_tokens"])[:size]
     masks = _masks(np.array(predictions.kinds[:size], dtype=np.int64), num_tokens)
     found, parts_ns = [], {name: rows[:size] for name, rows in predictions.parts_ns().items()}
+    parts_ns["gemm"] = parts_ns["gemm"] + stretch_ns
     for stage in range(measured.shape[1]):
         for kind, mask in masks.items():
             if mask.any() or kind == ALL:
