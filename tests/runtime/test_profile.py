@@ -457,6 +457,56 @@ def test_large_steps_are_measured_when_the_clock_has_settled(depth, num_tokens, 
     assert times.gap_ns == gap
 
 
+class ThrottledWorkers(FakeWorkers):
+    """One stage whose clock follows what it computes, up to a million tokens in 15 s; decodes alone are as ever."""
+
+    def __init__(self, room, *, slowdown, tau_ns=100e6, knee=0.4):
+        super().__init__(room)
+        self.slowdown, self.tau_ns, self.knee = slowdown, tau_ns, knee
+        self.heat = 0.0
+
+    def settled_ns(self, mix):
+        return 5_000_000 + 15_000 * mix.num_tokens
+
+    def cost(self, mix):
+        _, head, gap = super().cost(mix)
+        best = self.room.max_tokens / self.settled_ns(prompts(self.room.max_tokens, BASE_CHUNK))
+        settled_ns = self.settled_ns(mix)
+        steady = max(0.0, (mix.num_tokens / settled_ns / best - self.knee) / (1 - self.knee))
+        left = math.exp(-settled_ns / self.tau_ns)
+        mean = steady + (self.heat - steady) * (1 - left) * self.tau_ns / settled_ns
+        self.heat = steady + (self.heat - steady) * left
+        factor = (1 + self.slowdown * mean) / (1 + self.slowdown * steady) if mix.chunks else 1.0
+        return round(settled_ns * factor), head, gap
+
+
+def throttled(slowdown, **options):
+    where = room(max_tokens=1100, max_num_seqs=40)
+    workers = ThrottledWorkers(where, slowdown=slowdown, **options)
+    maker = StepMaker(where.limits, VOCAB_SIZE, max_tokens=where.max_tokens, first_plan=FIRST_PLAN)
+    grid = make_grid(where, quick=True)
+    tables = profiler.measure_tables(workers, grid, maker, on_gpu=True)
+    return json.loads(json.dumps(tables))["clock"]
+
+
+@pytest.mark.parametrize(("slowdown", "tau_ns", "knee"), [(0.2, 100e6, 0.4), (0.1, 60e6, 0.2), (0.4, 150e6, 0.5)])
+def test_a_clock_is_recovered_from_steps_after_a_rest(slowdown, tau_ns, knee, tmp_path):
+    found = throttled(slowdown, tau_ns=tau_ns, knee=knee)
+    assert (found["tau_ns"], found["slowdown"]) == (pytest.approx(tau_ns, rel=0.15), pytest.approx(slowdown, rel=0.1))
+    assert found["knee"] == pytest.approx(knee, abs=0.1)
+    assert found["tokens"] == [256, 1024]
+    assert all(rested[0] < settled for rested, settled in zip(found["rested_ns"], found["settled_ns"], strict=True))
+    path = tmp_path / "found.json"
+    path.write_text(json.dumps(contents(clock=found)))
+    assert read_profile(path).clock.tau_ns == found["tau_ns"]
+
+
+def test_without_a_slowdown_there_is_no_clock():
+    assert throttled(0.0) is None
+    assert throttled(0.005) is None
+    assert measured(room(), quick=True)[1]["clock"] is None, "not on a GPU"
+
+
 @pytest.mark.parametrize("few", [{"max_tokens": 127}, {"max_num_seqs": 1}, {"max_model_len": 63}, {"num_blocks": 7}])
 def test_too_little_room(few):
     with pytest.raises(ValueError, match=r"a profile needs steps of two prompts of 64 tokens; raise --max-tokens-per"):

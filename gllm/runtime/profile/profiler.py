@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from gllm.console.progress import show_progress
+from gllm.runtime.profile.clock import measure_clock
 from gllm.runtime.profile.grids import make_grid
 from gllm.runtime.profile.host import measure_host
 from gllm.runtime.profile.measure import measure
@@ -34,7 +35,7 @@ def take_profile(
         policy: of the engine.
         vocab_size: of the model.
         on_gpu: its clock depends on what it draws, so first compute keys and values into every block, for that depends
-            on the numbers that it moves; and repeat large steps until the clock has settled.
+            on the numbers that it moves; repeat large steps until the clock has settled; and measure how it does.
         quick: few points.
         quiet: no progress.
 
@@ -69,7 +70,10 @@ def measure_tables(
     with nullcontext() if quiet else watching:
         for mix in mixes:
             times[mix] = measure(session, maker, mix, settles=on_gpu)
-    return make_tables(grid, times, transfer_ns)
+    tables = make_tables(grid, times, transfer_ns)
+    settled_ns = {num: times[grid.base(num)].layers_ns for num in grid.tokens}
+    clock = measure_clock(session, maker, grid, settled_ns) if on_gpu else {}
+    return {**tables, "clock": clock or None}
 
 
 def _fill(session: Session, maker: StepMaker, room: Room) -> None:
