@@ -171,7 +171,7 @@ class ReplicaCost:
         return Load(
             [int(time_ns * factor) for time_ns in load.stage_ns],
             [time_ns * factor for time_ns in load.stretched_ns],
-            load.heat,
+            load.power,
         )
 
     def components(self, work: Work) -> Mapping[str, Sequence[float]]:

@@ -67,7 +67,7 @@ class Load(NamedTuple):
 
     stage_ns: list[int]  # as `CostModel.stage_ns`; a pipeline writes over it how long each stage took
     stretched_ns: Sequence[float]  # what the clock stretches of each
-    heat: float  # that it would settle at
+    power: float  # that it draws
 
 
 class CostModel(Protocol):

@@ -165,12 +165,12 @@ class ClockedPipeline(RecurrencePipeline):
     ) -> Sequence[int]:
         """Enter the next micro-batch: find out how long each stage takes for it, then go on as without clocks."""
         assert load is not None
-        times_ns, heat = load.stage_ns, load.heat
+        times_ns, power = load.stage_ns, load.power
         first_ns = self._first_ns(ready_ns, return_ns, after)
         time = first_ns
         for stage, (clock, end) in enumerate(zip(self._clocks, self._ends, strict=True)):
             start = max(time, end + gap_ns)
-            cost = clock.step(start - end - gap_ns, times_ns[stage], load.stretched_ns[stage], heat)
+            cost = clock.step(start - end - gap_ns, times_ns[stage], load.stretched_ns[stage], power)
             times_ns[stage] = cost
             time = start + cost + transfer_ns
         return super().submit(first_ns, times_ns, transfer_ns, gap_ns, return_ns, -1, None)
@@ -229,9 +229,9 @@ class ProcessPipeline:
                 arrival = max(arrival, exit_ns + (job.return_ns if len(self._queues) > 1 else 0))
             yield env.timeout(max(0, arrival - env.now, end + job.gap_ns - env.now))
             if self._clocks is not None and job.load is not None:
-                times_ns, stretched_ns, heat = job.load
+                times_ns, stretched_ns, power = job.load
                 idle_ns = int(env.now) - end - job.gap_ns
-                times_ns[stage] = self._clocks[stage].step(idle_ns, times_ns[stage], stretched_ns[stage], heat)
+                times_ns[stage] = self._clocks[stage].step(idle_ns, times_ns[stage], stretched_ns[stage], power)
             yield env.timeout(job.costs_ns[stage])
             end = int(env.now)
             job.ends.append(end)

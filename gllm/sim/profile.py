@@ -60,7 +60,7 @@ class Profile:
     transfer: Curve | None  # by tokens
     dispatch_ns: int
     return_ns: int
-    clock: GpuClock | None  # None: what a step takes does not depend on those before it
+    clock: GpuClock | None  # times are after a rest; None: what a step takes does not depend on those before it
     checks: tuple[Check, ...]
 
 
@@ -177,7 +177,8 @@ def _tokens(part: Fields, graph_sizes: tuple[int, ...]) -> Curve:
 
 
 def _clock(part: Fields) -> GpuClock:
-    return GpuClock(tau_ns=part.whole("tau_ns", 1), slowdown=part.share("slowdown"), knee=part.share("knee"))
+    names = ("slowdown", "knee", "attention")
+    return GpuClock(tau_ns=part.whole("tau_ns", 1), **{name: part.share(name) for name in names})
 
 
 def _parallel(part: Fields) -> Parallel:

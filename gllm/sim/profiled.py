@@ -8,8 +8,8 @@ docs/profile.md has the composition. L layers of a stage, all of the profile's:
     the last stage besides       head(rows)
     between steps of a stage     gap
 
-These are times of steps in a row with their like. Where the profile has a clock (`gllm.gpu_clock`), the base of a
-step with chunks is stretched by it; decodes alone wait for memory.
+Where the profile has a clock (`gllm.gpu_clock`), these are times after a rest, and arithmetic, which is all but the
+attention of decodes and the head, is stretched by what each stage computed before.
 
 Where a step is a CUDA graph, decode(n) and tokens(T) are of the next captured size, and so is the head. Beyond its
 tables a part goes on as the roofline does, scaled to the nearest measured point; `Profiled.notes` says which did.
@@ -113,8 +113,8 @@ class Profiled:
         self._decode = cache(self._decode_step)
         # Both products and what a step takes grow with the model: their rate, by the best one, is one of tokens.
         self._best_rate = max(num / ns for num, ns in zip(*profile.tokens, strict=True) if ns) if self.clock else 0.0
-        self._computed = cache(partial(_padded_within, profile.token_graph_sizes))
-        self._computed_alone = cache(partial(_padded_within, profile.graph_sizes))
+        self._base_power = cache(partial(self._power, profile.token_graph_sizes, self._tokens_ns))
+        self._decode_power = cache(partial(self._power, profile.graph_sizes, self._decode_ns))
 
     def _on_gpu(
         self, profile: Profile, shape: ModelShape, gpu: Gpu, parallel: Parallel, constants: RooflineConstants
@@ -199,19 +199,26 @@ class Profiled:
             return None
         if work.num_prefill_tokens:
             base_ns, decode_ns, prefill_ns, head_ns = self._chunked_parts(work)
-            layers_ns, stretched_ns = fsum((base_ns, decode_ns, prefill_ns)), base_ns
-            num_tokens = self._computed(work.num_prefill_tokens + work.num_decode_tokens)
+            power = self._base_power(work.num_prefill_tokens + work.num_decode_tokens)
         else:
             base_ns, attention_ns, head_ns = self._decode(work.num_decode_tokens)
-            layers_ns, stretched_ns = base_ns + attention_ns(work.decode_context), 0.0
-            num_tokens = self._computed_alone(work.num_decode_tokens)
+            decode_ns, prefill_ns = attention_ns(work.decode_context), 0.0
+            power = self._decode_power(work.num_decode_tokens)
+        stretched_ns = base_ns + prefill_ns
+        layers_ns = stretched_ns + decode_ns
         times, stretched, all_layers = [], [], self._all_layers
         for num_layers in self._num_layers:
             times.append(int(layers_ns * num_layers / all_layers))
             stretched.append(stretched_ns * num_layers / all_layers)
         times[-1] += head_ns
-        rate = num_tokens / (layers_ns * self._best_rate) if layers_ns > 0 else 0.0
-        return Load(times, stretched, clock.steady_heat(rate))
+        drawn = base_ns * power + prefill_ns + decode_ns * clock.attention
+        return Load(times, stretched, drawn / layers_ns if layers_ns > 0 else 0.0)
+
+    def _power(self, sizes: Sequence[int], base_ns: Callable[[int], float], num: int) -> float:
+        """Of a step's base: the rate of its tokens, those of its padding too, by the best rate."""
+        num_computed = padded(num, sizes) if sizes and num <= sizes[-1] else num
+        time_ns = base_ns(num)
+        return min(1.0, num_computed / (time_ns * self._best_rate)) if time_ns > 0 else 0.0
 
     def _chunked_parts(self, work: Work) -> tuple[float, float, float, int]:
         """Of all layers: the tokens' share, decodes, prefill attention; and the head."""
@@ -257,11 +264,6 @@ class Profiled:
         }
         head = [0.0] * (self.num_stages - 1) + [float(head_ns)]
         return {**shares, "head": head}
-
-
-def _padded_within(sizes: Sequence[int], num: int) -> int:
-    """What a step computes: the next captured size, itself beyond the largest."""
-    return padded(num, sizes) if sizes and num <= sizes[-1] else num
 
 
 class _DecodeStep(NamedTuple):

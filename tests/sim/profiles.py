@@ -140,7 +140,7 @@ def contents(**changes):
     return values | changes
 
 
-CLOCK = {"tau_ns": 2_000_000, "slowdown": 0.2, "knee": 0.3}
+CLOCK = {"tau_ns": 2_000_000, "slowdown": 0.2, "knee": 0.3, "attention": 0.5}
 
 
 def two_stages(**changes):

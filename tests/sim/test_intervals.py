@@ -196,7 +196,7 @@ def test_what_a_clock_stretches_is_off_as_the_step_is(tmp_path):
     work = step(chunks=[(0, 100)], contexts=[70, 80])
     load = cost.load(work)
     times_ns, stretched_ns = ([2 * time for time in row] for row in load[:2])
-    assert (replica.clock, replica.load(work)) == (made.clock, (times_ns, stretched_ns, load.heat))
+    assert (replica.clock, replica.load(work)) == (made.clock, (times_ns, stretched_ns, load.power))
 
 
 def test_no_step_goes_back_in_time(tmp_path):

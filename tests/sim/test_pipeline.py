@@ -9,7 +9,7 @@ from gllm.gpu_clock import GpuClock
 from gllm.sim.cost import Load
 from gllm.sim.pipeline import ProcessPipeline, recurrence
 
-CLOCK = GpuClock(tau_ns=200, slowdown=0.5, knee=0.0)
+CLOCK = GpuClock(tau_ns=200, slowdown=0.5, knee=0.0, attention=0.0)
 TINY = {"num_blocks": 60, "block_size": 4, "max_num_seqs": 24}
 
 
@@ -66,16 +66,16 @@ def test_equal_event_logs_with_clocks(policy, num_stages, extra):
 
 @pytest.mark.parametrize("pipeline", [recurrence, ProcessPipeline])
 def test_a_clock_by_hand(pipeline):
-    # in a row, a gap of 2 between them, until the second takes its own time; after a rest it is as fast as the first
+    # in a row, a gap of 2 between them, until they take half as long again; after a rest it is as fast as the first
     env = simpy.Environment()
     loads = [Load([100_000], [100_000.0], 1.0) for _ in range(30)]
-    line = pipeline(env, 1, 0, lambda _: None, GpuClock(tau_ns=100_000, slowdown=0.5, knee=0.0))
+    line = pipeline(env, 1, 0, lambda _: None, GpuClock(tau_ns=100_000, slowdown=0.5, knee=0.0, attention=0.0))
     for number, load in enumerate(loads):
         line.submit(10**8 * (number == 29), load.stage_ns, 0, 2, 0, -1, load)
     env.run()
     times_ns = [load.stage_ns[0] for load in loads]
-    assert times_ns[0] == times_ns[29] == pytest.approx(100_000 * (1 + 0.5 * 0.368) / 1.5, rel=0.002)
-    assert times_ns[20:29] == [100_000] * 9
+    assert times_ns[0] == times_ns[29] == pytest.approx(100_000 * (1 + 0.5 * 0.368), rel=0.002)
+    assert times_ns[20:29] == [pytest.approx(150_000, abs=2)] * 9
 
 
 @pytest.mark.parametrize("pipeline", [recurrence, ProcessPipeline])

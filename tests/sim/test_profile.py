@@ -54,7 +54,7 @@ def test_what_may_be_left_out(tmp_path):
 def test_a_clock_is_read_where_there_is_one(tmp_path):
     assert profile(tmp_path).clock is profile(tmp_path, contents(clock=None)).clock is None
     found = profile(tmp_path, contents(clock={**CLOCK, "tokens": "not read"})).clock
-    assert found == GpuClock(tau_ns=2_000_000, slowdown=0.2, knee=0.3)
+    assert found == GpuClock(tau_ns=2_000_000, slowdown=0.2, knee=0.3, attention=0.5)
     assert profile(tmp_path, contents(clock={**CLOCK, "knee": 0})).clock.knee == 0.0
 
 
@@ -127,7 +127,8 @@ WRONG = [
     ("gap.chunked_ns", -5, "field gap.chunked_ns holds -5"),
     ("host.return_ns", ..., "field host.return_ns is missing"),
     ("clock", [1], "field clock is no object"),
-    ("clock", {"slowdown": 0.2, "knee": 0.3}, "field clock.tau_ns is missing"),
+    ("clock", {"slowdown": 0.2, "knee": 0.3, "attention": 0.5}, "field clock.tau_ns is missing"),
+    ("clock", {"tau_ns": 1, "slowdown": 0.2, "knee": 0.3}, "field clock.attention is missing"),
     ("clock", {**CLOCK, "tau_ns": 0}, "field clock.tau_ns holds 0, not a whole number of at least 1"),
     ("clock", {**CLOCK, "tau_ns": 1.5}, "field clock.tau_ns holds 1.5, not a whole number of at least 1"),
     ("clock", {**CLOCK, "slowdown": True}, "field clock.slowdown is True, not a number from 0 to less than 1"),

@@ -491,26 +491,29 @@ def test_a_device_without_a_data_sheet_is_taken_as_it_is(folder, formula):
 # --- the clock -------------------------------------------------------------------------------------------------
 
 
-def test_a_load_is_the_times_of_a_row_and_what_the_clock_has_to_know(folder):
+def test_a_load_is_a_steps_times_and_what_the_clock_has_to_know(folder):
     cost = model(folder, contents(clock=CLOCK), parallel=Parallel(pp=2))
     for work in [*WORKS, step([(0, 1024)]), step([(0, 500)], [700] * 64)]:
         load = cost.load(work)
         assert load.stage_ns == cost.stage_ns(work)
         assert load.stage_ns is not cost.load(work).stage_ns
-        base = cost.components(work)["gemm"] if work.num_prefill_tokens else [0.0, 0.0]
-        assert load.stretched_ns == base, "decodes alone are not stretched"
-        layers_ns = sum(sum(row) for name, row in cost.components(work).items() if name != "head")
-        best = 1024 / profiles.tokens(1024)
-        computed = work.num_prefill_tokens + work.num_decode_tokens
-        computed = profiles.padded(computed, profiles.TOKEN_GRAPHS) if 16 < computed <= 128 else max(computed, 16)
-        assert load.heat == pytest.approx(max(0.0, (computed / layers_ns / best - 0.3) / 0.7))
+        parts = cost.components(work)
+        arithmetic = [base + prefill for base, prefill in zip(parts["gemm"], parts["prefill_attention"], strict=True)]
+        assert load.stretched_ns == pytest.approx(arithmetic), "decodes' attention and the head are not stretched"
+        best, num_tokens = 1024 / profiles.tokens(1024), work.num_prefill_tokens + work.num_decode_tokens
+        sizes = profiles.TOKEN_GRAPHS if work.num_prefill_tokens else profiles.GRAPHS
+        computed = profiles.padded(num_tokens, sizes) if num_tokens <= sizes[-1] else num_tokens
+        drawn = min(sum(parts["gemm"]), computed / best) + sum(parts["prefill_attention"])
+        drawn += 0.5 * sum(parts["decode_attention"])
+        layers_ns = sum(sum(row) for name, row in parts.items() if name != "head")
+        assert load.power == pytest.approx(drawn / layers_ns)
     assert model(folder).load(WORKS[0]) is None
 
 
-def test_the_largest_step_has_full_heat_and_few_decodes_none(folder):
+def test_the_largest_step_draws_most(folder):
     cost = model(folder, contents(clock=CLOCK))
-    assert cost.load(step([(0, 64)] * 16, num_sampled=0)).heat == pytest.approx(1.0)
-    assert cost.load(step(contexts=[900] * 9)).heat == 0.0
+    assert cost.load(step([(0, 64)] * 16, num_sampled=0)).power == pytest.approx(1.0)
+    assert cost.load(step(contexts=[16])).power < 0.1
 
 
 def test_another_gpus_clock_is_not_known(folder):
@@ -519,7 +522,7 @@ def test_another_gpus_clock_is_not_known(folder):
     assert model(folder, contents(clock=CLOCK, gpu=None), gpu="h100").clock is not None
 
 
-def test_checks_are_steps_in_a_row(tmp_path):
+def test_checks_are_rested(tmp_path):
     assert residuals(profile(tmp_path, contents(clock=CLOCK))) == residuals(profile(tmp_path))
 
 
@@ -590,7 +593,11 @@ def test_the_model_may_be_given_as_a_shape(folder):
     assert isinstance(case.resolve().cost, Profiled)
 
 
-def test_a_clock_makes_light_traffic_faster(folder):
-    records = [simulate(config(written(folder, contents(clock=clock)), 1), CHAT.load()) for clock in (CLOCK, None)]
-    clocked, plain = ((each.stage_end_ns - each.stage_start_ns).sum() for each in records)
-    assert 0.8 * plain < clocked < plain
+def test_a_clock_makes_steps_longer_and_the_more_in_dense_traffic(folder):
+    ratios = []
+    for rate in (1.0, 100.0):
+        trace = replace(CHAT, rate_scale=rate).load()
+        records = [simulate(config(written(folder, contents(clock=clock)), 1), trace) for clock in (CLOCK, None)]
+        clocked, plain = ((each.stage_end_ns - each.stage_start_ns).sum() for each in records)
+        ratios.append(clocked / plain)
+    assert 1.0 <= ratios[0] < ratios[1] < 1.2

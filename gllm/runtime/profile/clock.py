@@ -1,16 +1,15 @@
 """How the GPU's clock follows what it computes: steps in a row after a rest, and the `GpuClock` that fits them best.
 
-Tables hold times of steps in a row with their like (`gllm.runtime.profile.measure`). Here the same steps are the first
-ones after a while of decodes, which draw little. How much less the first takes is the clock's slowdown, how soon the
-others come to their own time its tau.
+Tables hold times after a rest (`gllm.runtime.profile.measure`). Here prompts come in a row until they have heated the
+GPU, then few decodes, which it cools down with; and many decodes with long contexts, whose attention draws power too.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import product
-from statistics import median_low
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
 
 from gllm.gpu_clock import GpuClock, StageClock
 from gllm.runtime.profile.steps import MAX_REPEATS
@@ -18,101 +17,212 @@ from gllm.runtime.profile.steps import MAX_REPEATS
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
+    from numpy.typing import NDArray
+
     from gllm.runtime.profile.grids import Grid
+    from gllm.runtime.profile.measure import Times
     from gllm.runtime.profile.session import Session
     from gllm.runtime.profile.steps import Mix, StepMaker
 
-_SIZES = (128, 256, 512, 1024, 2048)
-_NUM_ROUNDS = 3
-_REST_NS = 500_000_000  # of decodes: some four times the tau of an H200
-_RESTING = 16  # sequences that decode then
-_TAUS_NS = tuple(int(20e6 * 1.05**number) for number in range(65))  # to 454 ms: steps in a row tell of no more
-_KNEES = tuple(number / 20 for number in range(17))
+    Floats = NDArray[np.float64]
+
+_SIZES = (256, 512, 1024, 2048)  # of prompts
+_FEW, _MANY, _CONTEXT = 16, 256, 1024  # decodes
+_HEATING_NS, _COOLING_NS = 350_000_000, 150_000_000
+_REST_S = 0.3
+_NUM_ROUNDS = 2
 _LEAST = 0.01
 """A smaller slowdown is as good as none: repetitions are no closer to each other."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Series:
-    """Steps of one kind in a row, the first after a rest; layers of all stages together."""
+class Kind(NamedTuple):
+    """Steps of one mix, per stage; what `gllm.gpu_clock` has to know of them."""
 
-    num_tokens: int
-    settled_ns: int
-    rested_ns: tuple[int, ...]
+    rested_ns: float  # layers
+    stretched_ns: float
+    power: float  # of arithmetic, as the mean over the step
+    attention: float  # share of the step in which the keys of decodes are read
+
+    @classmethod
+    def of(cls, num_tokens: int, base_ns: float, layers_ns: float, best_rate: float) -> Kind:
+        """Tokens whose base takes so long of all layers; the rest is the attention of decodes."""
+        power = min(1.0, num_tokens / (base_ns * best_rate))
+        return cls(layers_ns, base_ns, power * base_ns / layers_ns, 1.0 - base_ns / layers_ns)
 
 
-def measure_clock(session: Session, maker: StepMaker, grid: Grid, settled_ns: Mapping[int, int]) -> dict[str, Any]:
-    """A profile's `clock`; empty where what a step takes does not depend on those before it.
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One that was measured; `idle_ns` before it the GPU had nothing to do."""
+
+    kind: Kind
+    idle_ns: float
+    took_ns: float  # layers
+    counts: bool  # for the fit, or only for the power that it drew
+
+
+class Clocked(NamedTuple):
+    """What a profile has of its clock."""
+
+    clock: GpuClock
+    mean_error: float  # of the steps that it is fitted to
+    mean_error_without: float  # if they took what they take after a rest
+
+    def part(self) -> dict[str, Any]:
+        """The profile's `clock`."""
+        clock = self.clock
+        return {
+            "tau_ns": clock.tau_ns,
+            "slowdown": round(clock.slowdown, 4),
+            "knee": round(clock.knee, 3),
+            "attention": round(clock.attention, 3),
+            "mean_error": round(self.mean_error, 4),
+            "mean_error_without": round(self.mean_error_without, 4),
+        }
+
+
+def measure_clock(session: Session, maker: StepMaker, grid: Grid, times: Mapping[Mix, Times]) -> Clocked | None:
+    """Have steps computed and find the clock; None where what a step takes does not depend on those before it.
 
     Args:
         session: with the workers.
         maker: of its steps.
-        grid: whose points of `tokens` are measured.
-        settled_ns: what they take in a row with their like, by tokens.
+        grid: whose points are measured.
+        times: of its mixes, after a rest.
     """
-    sizes = dict.fromkeys(next((num for num in settled_ns if num >= size), 0) for size in _SIZES)
-    resting = grid.decode(min(_RESTING, grid.decode_batches[-1]))
-    series = []
-    for num in filter(None, sizes):
-        rounds = [_after_rest(session, maker, resting, grid.base(num)) for _ in range(_NUM_ROUNDS)]
-        rested_ns = tuple(map(median_low, zip(*rounds, strict=True)))
-        series.append(Series(num_tokens=num, settled_ns=settled_ns[num], rested_ns=rested_ns))
-    best_rate = max(num / ns for num, ns in settled_ns.items())
-    clock = fit(series, best_rate) if series else None
-    if clock is None:
-        return {}
-    return {
-        "tau_ns": clock.tau_ns,
-        "slowdown": round(clock.slowdown, 4),
-        "knee": clock.knee,
-        "tokens": [each.num_tokens for each in series],
-        "settled_ns": [each.settled_ns for each in series],
-        "rested_ns": [each.rested_ns for each in series],
-    }
+    course = _Course(session, maker, grid, times)
+    series = [list(each) for _ in range(_NUM_ROUNDS) for each in course.all_series()]
+    clock = fit(series)
+    return (
+        None if clock is None else Clocked(clock, _error(clock, series), _error(replace(clock, slowdown=0.0), series))
+    )
 
 
-def _after_rest(session: Session, maker: StepMaker, resting: Mix, mix: Mix) -> list[int]:
-    """Layers of a mix, as often in a row as one may be, after decodes."""
-    rested_ns = 0
-    while rested_ns < _REST_NS:
-        before, steps = maker.make(resting, MAX_REPEATS)
-        stamps = session.run([*before, *steps])
-        rested_ns += stamps[-1][0].end_ns - stamps[0][0].start_ns
-    before, steps = maker.make(mix, MAX_REPEATS)
-    assert not before, "prompts begin at their start"
-    return [sum(stage.head_ns - stage.start_ns for stage in step) for step in session.run(steps)]
+def without_own_heat(clock: GpuClock, grid: Grid, times: Mapping[Mix, Times]) -> dict[Mix, Times]:
+    """Times as if no step had heated the GPU while it was measured; it is long ones that do."""
+    num_stages, best_rate = grid.room.limits.depth, _best_rate(grid, times)
+
+    def cooled(mix: Mix, found: Times) -> Times:
+        layers_ns = max(found.layers_ns / num_stages, 1.0)
+        base = min(1.0, mix.num_tokens / (layers_ns * best_rate))
+        power = base + (1.0 - base) * (clock.attention if mix.contexts else 1.0)
+        heat = clock.heat(StageClock(clock).mean(0, int(layers_ns), power))
+        factor = 1.0 / (1.0 + clock.slowdown * heat)
+        stage_ns = tuple(int(time_ns * factor) for time_ns in found.stage_ns)
+        return replace(found, layers_ns=int(found.layers_ns * factor), stage_ns=stage_ns)
+
+    return {mix: cooled(mix, found) for mix, found in times.items()}
 
 
-def fit(series: Sequence[Series], best_rate: float) -> GpuClock | None:
-    """The clock with the least squares of relative errors; None where steps are as fast after a rest.
+def _best_rate(grid: Grid, times: Mapping[Mix, Times]) -> float:
+    """Tokens by ns of a stage."""
+    return max(num / times[grid.base(num)].layers_ns for num in grid.tokens) * grid.room.limits.depth
 
-    For a tau and a knee, the slowdown follows from a linear equation; these are tried one after another.
-    `best_rate` is of tokens by ns, as the reader of the profile takes it.
+
+class _Course:
+    """Has series of steps computed."""
+
+    def __init__(self, session: Session, maker: StepMaker, grid: Grid, times: Mapping[Mix, Times]) -> None:
+        self._session, self._maker, self._grid, self._times = session, maker, grid, times
+        self._num_stages = grid.room.limits.depth
+        self._best_rate = _best_rate(grid, times)
+
+    def all_series(self) -> Iterator[Iterator[Step]]:
+        """Prompts of several sizes, each then with decodes that cool down; then many decodes."""
+        grid = self._grid
+        few = next((num for num in grid.decode_batches if num >= _FEW), grid.decode_batches[-1])
+        sizes = dict.fromkeys(next((num for num in grid.tokens if num >= size), grid.tokens[-1]) for size in _SIZES)
+        for num in sizes:
+            yield self._series([(grid.base(num), num, _HEATING_NS), (grid.decode(few), few, _COOLING_NS)])
+        context = max((each for each in grid.contexts if each <= _CONTEXT), default=grid.contexts[0])
+        fitting = (num for num in grid.batches if num <= _MANY and grid.attending(num, context) in self._times)
+        many = max(fitting, default=0)
+        if many:
+            yield self._series([(grid.attending(many, context), many, _HEATING_NS)])
+
+    def _series(self, parts: Sequence[tuple[Mix, int, int]]) -> Iterator[Step]:
+        """So long of each mix, which has so many tokens, after a rest."""
+        self._session.rest(_REST_S)
+        last_ns: int | None = None
+        for mix, num_tokens, for_ns in parts:
+            kind, first_ns = self._kind(mix, num_tokens), None
+            while first_ns is None or last_ns is None or last_ns < first_ns + for_ns:
+                before, steps = self._maker.make(mix, MAX_REPEATS)
+                for number, stamps in enumerate(self._session.run([*before, *steps])):
+                    counts = number >= len(before)
+                    took_ns = sum(stage.head_ns - stage.start_ns for stage in stamps) / self._num_stages
+                    what = kind if counts else Kind.of(num_tokens, took_ns, took_ns, self._best_rate)
+                    idle_ns = 0 if last_ns is None else max(0, stamps[0].start_ns - last_ns)
+                    yield Step(what, idle_ns, took_ns, counts)
+                    # The first stage is looked at: its next step needs no other's.
+                    last_ns, first_ns = stamps[0].end_ns, stamps[0].start_ns if first_ns is None else first_ns
+
+    def _kind(self, mix: Mix, num_tokens: int) -> Kind:
+        base = self._grid.base(num_tokens) if mix.chunks else self._grid.decode(num_tokens)
+        base_ns, layers_ns = (self._times[each].layers_ns / self._num_stages for each in (base, mix))
+        return Kind.of(num_tokens, min(base_ns, layers_ns), layers_ns, self._best_rate)
+
+
+def fit(series: Sequence[Sequence[Step]]) -> GpuClock | None:
+    """The clock with the least squares of relative errors; None where steps take the same whatever came before.
+
+    For the other constants the slowdown follows from a linear equation. These are tried on a grid, then around its best
+    on a finer one.
     """
-    best: GpuClock | None = None
-    least = 0.0
-    for tau_ns, knee in product(_TAUS_NS, _KNEES):
-        clock = GpuClock(tau_ns=tau_ns, slowdown=0.0, knee=knee)
-        heats = [heat for each in series for heat in _heats(clock, each, best_rate)]
-        # ratio = (1 + slowdown * heat) / (1 + slowdown * steady), multiplied out
-        slopes = [heat - ratio * steady for heat, steady, ratio in heats]
-        squares = sum(slope * slope for slope in slopes)
-        if not squares:
-            continue
-        products = (slope * (ratio - 1.0) for slope, (_, _, ratio) in zip(slopes, heats, strict=True))
-        slowdown = sum(products) / squares
-        if not _LEAST <= slowdown < 1.0:
-            continue
-        clock = GpuClock(tau_ns=tau_ns, slowdown=slowdown, knee=knee)
-        error = sum((clock.factor(heat, steady) - ratio) ** 2 for heat, steady, ratio in heats)
-        if best is None or error < least:
-            best, least = clock, error
-    return best
+    taus, knees, attentions = np.geomspace(15e6, 250e6, 13), np.linspace(0, 0.8, 17), np.linspace(0, 0.95, 11)
+    best = _best(series, taus, knees, attentions)
+    if best is None:
+        return None
+    taus = best.tau_ns * np.geomspace(0.8, 1.25, 9)
+    knees = np.clip(best.knee + np.linspace(-0.05, 0.05, 11), 0, 0.9)
+    attentions = np.clip(best.attention + np.linspace(-0.1, 0.1, 9), 0, 0.99)
+    best = _best(series, taus, knees, attentions) or best
+    return best if best.slowdown >= _LEAST else None
 
 
-def _heats(clock: GpuClock, series: Series, best_rate: float) -> Iterator[tuple[float, float, float]]:
-    """Of each step its mean heat, where that settles, and what it took by the settled time."""
-    steady = clock.steady_heat(series.num_tokens / series.settled_ns / best_rate)
-    stage = StageClock(clock)
-    for time_ns in series.rested_ns:
-        yield stage.mean(0, series.settled_ns, steady), steady, time_ns / series.settled_ns
+def _best(series: Sequence[Sequence[Step]], *values: Floats) -> GpuClock | None:
+    """Of all combinations of tau, knee and attention."""
+    tau_C, knee_C, attention_C = (axis.ravel() for axis in np.meshgrid(*values, indexing="ij"))
+    # What is left over of ratio - 1 = slowdown * share * heat, over all steps, as a polynomial of the slowdown.
+    squares, products_C, heats_C = 0.0, np.zeros_like(tau_C), np.zeros_like(tau_C)
+    for steps in series:
+        for step, heat_C in _heats(steps, tau_C, knee_C, attention_C):
+            left, share_C = step.took_ns / step.kind.rested_ns - 1.0, heat_C * _share(step)
+            squares += left * left
+            products_C += left * share_C
+            heats_C += share_C * share_C
+    slowdown_C = np.clip(np.divide(products_C, heats_C, out=np.zeros_like(heats_C), where=heats_C > 0), 0.0, 0.99)
+    error_C = squares - slowdown_C * (2 * products_C - slowdown_C * heats_C)
+    at = int(error_C.argmin())
+    if not slowdown_C[at]:
+        return None
+    found = {"slowdown": slowdown_C[at], "knee": knee_C[at], "attention": attention_C[at]}
+    return GpuClock(tau_ns=int(tau_C[at]), **{name: float(value) for name, value in found.items()})
+
+
+def _heats(steps: Sequence[Step], tau_C: Floats, knee_C: Floats, attention_C: Floats) -> Iterator[tuple[Step, Floats]]:
+    """Of each step that counts its heat, for each combination: `StageClock` for many clocks at once."""
+    average_C = np.zeros_like(tau_C)
+    for step in steps:
+        power_C = step.kind.power + attention_C * step.kind.attention
+        average_C = average_C * np.exp(-step.idle_ns / tau_C)
+        x_C = step.took_ns / tau_C
+        left_C = np.exp(-x_C)
+        mean_C = power_C + (average_C - power_C) * (1.0 - left_C) / x_C
+        average_C = power_C + (average_C - power_C) * left_C
+        if step.counts:
+            yield step, np.clip((mean_C - knee_C) / (1.0 - knee_C), 0.0, 1.0)
+
+
+def _share(step: Step) -> float:
+    return step.kind.stretched_ns / step.kind.rested_ns
+
+
+def _error(clock: GpuClock, series: Sequence[Sequence[Step]]) -> float:
+    """Mean of the absolute relative errors."""
+    tau, knee, attention = (np.array([float(value)]) for value in (clock.tau_ns, clock.knee, clock.attention))
+    errors = [
+        abs(step.kind.rested_ns * (1.0 + clock.slowdown * _share(step) * float(heat[0])) / step.took_ns - 1.0)
+        for steps in series
+        for step, heat in _heats(steps, tau, knee, attention)
+    ]
+    return float(np.mean(errors))

@@ -24,8 +24,8 @@ _MOST_TRIES = 1000  # to find a step of one kind: in a small cache there may be 
 _BEYOND_STEP = 128  # between decode batches beyond the largest graph
 _CONTEXTS = (16, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _MIXED_CONTEXTS = frozenset((16, 512, 2048, 8192))
-_QUERIES = (1, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
-_STARTS = (0, 512, 1024, 2048, 4096, 8192, 16384, 32768)
+_QUERIES = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_STARTS = (0, 256, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384, 32768)
 _QUICK_CONTEXTS = (16, 1024)
 _QUICK_QUERIES = (1, 256, 2048)
 _QUICK_STARTS = (0, 1024)
@@ -86,8 +86,7 @@ class Grid:
     def attending(self, num: int, context: int) -> Mix:
         """The step behind `decode_attention`: contexts differ, as in traffic, and so cost more than equal ones."""
         longest = self.room.limits.max_tokens_per_sequence - DRIFT
-        spread = min(context // 2, longest - context)
-        return self.decode(num) if context == self.contexts[0] else uneven_decodes(num, context, spread)
+        return self.decode(num) if context == self.contexts[0] else uneven_decodes(num, context, longest)
 
     def mixed(self, num: int, context: int) -> Mix:
         """The step behind `mixed`: the same decodes beside a base chunk."""

@@ -1,8 +1,9 @@
 """How long a mix takes: medians over steps in a row.
 
-A GPU draws more power in large steps than it may for long: within half a second of them an H200 lowers its clock, and
-a step of 1,024 tokens of Qwen3-8B takes a fifth longer than after a rest (benchmarks/NOTES.md, 2026-11-23). Traffic
-that is worth a prediction has many of them, so they are measured in that state. Steps of 128 tokens know no such thing.
+A GPU draws more power in large steps than it may for long: some 50 ms after they began an H200 lowers its clock, by a
+tenth to a fifth, which differs between cards. So on a GPU large steps are measured after a rest, a few at a time: such
+times are equal to a third of a per cent whatever came before. What they take longer in a row is the clock's part of a
+profile (`gllm.runtime.profile.clock`).
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
 _NUM_WARM = 2
 _MIN_REPEATS = 3
 _POINT_NS = 150_000_000  # that a mix is measured for, if it takes not too few steps
-_SETTLED_NS = 500_000_000  # of large steps: the clock comes closer by two thirds of the way every 100 to 150 ms
-_SMALL_TOKENS = 128
+_SMALL_TOKENS = 64  # steps of so many leave the clock where it is
+_REST_S = 0.12
+_COOL_NS = 45_000_000  # that a GPU keeps its clock for
+_NUM_RESTS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +39,11 @@ class Times:
     layers_ns: int  # of all stages together
     head_ns: int  # of the last stage
     stage_ns: tuple[int, ...]
-    gap_ns: int  # from the end of a step to the start of the next, on the stage that waits least for the others
+    gap_ns: int | None  # from a step's end to the next one's start, on the stage that waits least; None: of one alone
     transfer_ns: int | None = None  # from a stage's end to the next one's start; None: there is one stage
 
 
-def measure(session: Session, maker: StepMaker, mix: Mix, *, alone: bool = False, settles: bool = False) -> Times:
+def measure(session: Session, maker: StepMaker, mix: Mix, *, alone: bool = False, rests: bool = False) -> Times:
     """Warm up, choose how often to repeat, and measure.
 
     Args:
@@ -48,18 +51,26 @@ def measure(session: Session, maker: StepMaker, mix: Mix, *, alone: bool = False
         maker: of its steps.
         mix: what to compute.
         alone: each step when the one before is back, so that every stage waits for it.
-        settles: repeat it until medians are steady; a large step until the GPU has the clock that it keeps, too.
+        rests: repeat it until medians are steady; a large step after rests, no longer than a GPU keeps its clock.
     """
     *_, warm = _repeat(session, maker, mix, _NUM_WARM, alone=alone)
-    num = _num_repeats(warm[-1].end_ns - warm[0].start_ns)
+    took_ns = warm[-1].end_ns - warm[0].start_ns
+    if rests and mix.num_tokens > _SMALL_TOKENS:
+        return _times([_after_rest(session, maker, mix, took_ns) for _ in range(_NUM_RESTS)])
+    num = _num_repeats(took_ns)
     rounds = [_repeat(session, maker, mix, num, alone=alone)]
-    if not settles:
-        return _times(rounds)
-    start_ns, for_ns = warm[0].start_ns, _SETTLED_NS if mix.num_tokens > _SMALL_TOKENS else _POINT_NS
-    while rounds[-1][-1][0].end_ns < start_ns + for_ns:
+    while rests and rounds[-1][-1][0].end_ns < warm[0].start_ns + _POINT_NS:
         rounds.append(_repeat(session, maker, mix, num, alone=alone))
-    settled_ns = start_ns + for_ns * 2 // 3 if for_ns == _SETTLED_NS else start_ns
-    return _times([each for each in rounds if each[0][0].start_ns >= settled_ns] or rounds[-1:])
+    return _times(rounds)
+
+
+def _after_rest(session: Session, maker: StepMaker, mix: Mix, step_ns: int) -> Round:
+    """As many steps as the clock stays for; the first after a rest takes longer, and counts only where it is alone."""
+    num = min(max(_COOL_NS // max(step_ns, 1), 1), MAX_REPEATS)
+    before, steps = maker.make(mix, num)
+    session.run(before)
+    session.rest(_REST_S)
+    return session.run(steps)[num > 1 :]
 
 
 def _times(rounds: Sequence[Round]) -> Times:
@@ -75,7 +86,7 @@ def _times(rounds: Sequence[Round]) -> Times:
         layers_ns=median_low(layers),
         head_ns=median_low(step[-1].end_ns - step[-1].head_ns for step in times),
         stage_ns=tuple(median_low(one.end_ns - one.start_ns for one in stage) for stage in zip(*times, strict=True)),
-        gap_ns=min(map(median_low, gaps)),
+        gap_ns=min(map(median_low, gaps)) if all(gaps) else None,
         transfer_ns=median_low(transfers) if transfers else None,
     )
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from gllm.console.progress import show_progress
-from gllm.runtime.profile.clock import measure_clock
+from gllm.runtime.profile.clock import measure_clock, without_own_heat
 from gllm.runtime.profile.grids import make_grid
 from gllm.runtime.profile.host import measure_host
 from gllm.runtime.profile.measure import measure
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from gllm.runtime.profile.steps import Mix
 
 _FILLING_CHUNK = 512
+_REST_S = 0.5  # after that
 
 
 def take_profile(
@@ -35,7 +36,7 @@ def take_profile(
         policy: of the engine.
         vocab_size: of the model.
         on_gpu: its clock depends on what it draws, so first compute keys and values into every block, for that depends
-            on the numbers that it moves; repeat large steps until the clock has settled; and measure how it does.
+            on the numbers that it moves; let it rest before large steps; and measure what those in a row do to it.
         quick: few points.
         quiet: no progress.
 
@@ -64,16 +65,18 @@ def measure_tables(
         transfer_ns[num] = max(0, found)  # shorter than the clocks of two GPUs agree
     if on_gpu:
         _fill(session, maker, grid.room)
-    mixes = grid.mixes()
+        session.rest(_REST_S)
+    mixes = sorted(grid.mixes(), key=lambda mix: mix.num_tokens)  # small ones do not rest: none follows a large one
     times: dict[Mix, Times] = {}
     watching = show_progress(len(mixes), lambda: len(times), what="kinds of steps", doing="profiling")
     with nullcontext() if quiet else watching:
         for mix in mixes:
-            times[mix] = measure(session, maker, mix, settles=on_gpu)
-    tables = make_tables(grid, times, transfer_ns)
-    settled_ns = {num: times[grid.base(num)].layers_ns for num in grid.tokens}
-    clock = measure_clock(session, maker, grid, settled_ns) if on_gpu else {}
-    return {**tables, "clock": clock or None}
+            times[mix] = measure(session, maker, mix, rests=on_gpu)
+    clocked = measure_clock(session, maker, grid, times) if on_gpu else None
+    if clocked is None:
+        return {**make_tables(grid, times, transfer_ns), "clock": None}
+    times = without_own_heat(clocked.clock, grid, times)
+    return {**make_tables(grid, times, transfer_ns), "clock": clocked.part()}
 
 
 def _fill(session: Session, maker: StepMaker, room: Room) -> None:

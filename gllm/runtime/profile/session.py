@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from gllm.runtime.messages import StageTime, StepDone
@@ -35,6 +36,10 @@ class Session:
 
     def __init__(self, workers: Workers, *, num_stages: int, max_in_flight: int) -> None:
         self._workers, self._num_stages, self._max_in_flight = workers, num_stages, max_in_flight
+
+    def rest(self, seconds: float) -> None:
+        """Let the GPUs cool down."""
+        time.sleep(seconds)
 
     def run(self, steps: Sequence[Step], *, max_in_flight: int | None = None) -> list[tuple[Stamps, ...]]:
         """Have steps computed, so many on the road at once (by default the engine's number); their times by stage."""

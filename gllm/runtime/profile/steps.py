@@ -9,6 +9,8 @@ from __future__ import annotations
 import random
 from array import array
 from dataclasses import dataclass, replace
+from math import exp, fsum
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 from gllm.runtime.messages import Admission, ChunkWork, Step
@@ -26,6 +28,8 @@ DRIFT = MAX_REPEATS // 2
 """How far a decode's context gets from its mix's, either way: it grows by a token from step to step."""
 
 _MANY_TOKENS = 1 << 18  # that are drawn, to begin prompts at
+_SPREAD = 0.8  # of contexts: as of the prompts in Azure's traces of conversations
+_LEAST_SPREAD = 1e-3
 
 _PARAMS = SamplingParams(temperature=0.6, ignore_eos=True, detokenize=False)
 
@@ -64,11 +68,23 @@ def decodes(num: int, context: int) -> Mix:
     return Mix(contexts=(context,) * num)
 
 
-def uneven_decodes(num: int, context: int, spread: int) -> Mix:
-    """`num` sequences that decode, their contexts apart by equal steps and by at most `spread` from this mean."""
-    pairs = [spread * (num - 1 - 2 * number) // (num - 1) for number in range(num // 2)]
-    contexts = [context + sign * distance for distance in pairs for sign in (-1, 1)]
-    return Mix(contexts=(*contexts, *(context,) * (num % 2)))
+def uneven_decodes(num: int, context: int, longest: int) -> Mix:
+    """`num` sequences that decode, their contexts as unlike as in traffic.
+
+    These are quantiles of a log-normal distribution with this mean, in no order; less unlike where one would be
+    longer than `longest`.
+    """
+    scores, spread = [NormalDist().inv_cdf((number + 0.5) / num) for number in range(num)], _SPREAD
+    while True:
+        weights = [exp(spread * score) for score in scores]
+        contexts = [int(weight * context * num / fsum(weights)) for weight in weights]
+        if contexts[-1] < longest or spread < _LEAST_SPREAD:
+            break
+        spread /= 2
+    for number in range(num * context - sum(contexts)):
+        contexts[number % num] += 1
+    random.Random(0).shuffle(contexts)
+    return Mix(contexts=tuple(contexts))
 
 
 def chunks(num: int, start: int, num_tokens: int) -> Mix:
@@ -99,6 +115,7 @@ class StepMaker:
 
     def __init__(self, limits: Limits, vocab_size: int, *, max_tokens: int, first_plan: int) -> None:
         self._limits, self._max_tokens, self._plan = limits, max_tokens, first_plan
+        self._blocks_in_turn = random.Random(0).sample(range(limits.num_blocks), limits.num_blocks)
         self._next_block = 0
         longest = limits.max_tokens_per_sequence
         self._tokens = random.Random(0).choices(range(vocab_size), k=longest + _MANY_TOKENS)
@@ -108,7 +125,7 @@ class StepMaker:
         """Steps that give a mix's sequences their caches, and then the mix `num_steps` times.
 
         The contexts of the decodes are the mix's in the middle of an odd number of steps. Blocks are the next ones of
-        the cache, distinct for the sequences of a mix that fits.
+        the cache in an order without order, as traffic leaves it; distinct for the sequences of a mix that fits.
         """
         assert num_steps <= MAX_REPEATS
         first = num_steps // 2
@@ -155,8 +172,9 @@ class StepMaker:
         return Admission(slot, tokens, num_tokens, _PARAMS, slot, [])
 
     def _blocks(self, num: int) -> list[int]:
-        start, self._next_block = self._next_block, (self._next_block + num) % self._limits.num_blocks
-        return [(start + index) % self._limits.num_blocks for index in range(num)]
+        in_turn, start = self._blocks_in_turn, self._next_block
+        self._next_block = (start + num) % len(in_turn)
+        return [in_turn[(start + index) % len(in_turn)] for index in range(num)]
 
     def _number(self) -> int:
         self._plan += 1

@@ -131,7 +131,8 @@ def _curve(name: str, ns: Mapping[int, int]) -> Table:
 
 
 def _gap(times: Mapping[Mix, Times], mixes: Iterable[Mix]) -> int:
-    return median_low(times[mix].gap_ns for mix in mixes)
+    found = [gap_ns for mix in mixes if (gap_ns := times[mix].gap_ns) is not None]
+    return median_low(found)
 
 
 def _check(mix: Mix, found: Times) -> dict[str, Any]:

@@ -76,11 +76,11 @@ class Predictions:
 
     @property
     def stage_ns(self) -> Times:
-        """(P, S) from start to end, in a row with their like where stages have clocks."""
+        """(P, S) from start to end, after a rest where stages have clocks."""
         return np.array(self._stage_ns, dtype=np.int64).reshape(-1, self.cost.num_stages)
 
     def stretch_ns(self, start_ns: Times, end_ns: Times) -> Times:
-        """(P, S) what clocks add to that, or take away, where the first plans start and end so; below zero for many."""
+        """(P, S) what clocks add to that, where the first plans start and end so."""
         found = np.zeros_like(start_ns)
         if self.cost.clock is None:
             return found
@@ -88,9 +88,9 @@ class Predictions:
             clock, last_ns = StageClock(self.cost.clock), start_ns[:1, stage].sum()
             for number, (load, gap_ns) in enumerate(zip(self._loads[: len(found)], self.gap_ns, strict=False)):
                 assert load is not None
-                settled_ns, idle_ns = load.stage_ns[stage], int(start_ns[number, stage] - last_ns) - gap_ns
-                took_ns = clock.step(idle_ns, settled_ns, load.stretched_ns[stage], load.heat)
-                found[number, stage], last_ns = took_ns - settled_ns, end_ns[number, stage]
+                rested_ns, idle_ns = load.stage_ns[stage], int(start_ns[number, stage] - last_ns) - gap_ns
+                took_ns = clock.step(idle_ns, rested_ns, load.stretched_ns[stage], load.power)
+                found[number, stage], last_ns = took_ns - rested_ns, end_ns[number, stage]
         return found
 
     def parts_ns(self) -> dict[str, NDArray[np.float64]]:
