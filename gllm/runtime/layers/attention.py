@@ -1,6 +1,7 @@
 """Self-attention over the paged cache.
 
-Shapes: T tokens, D hidden size, H query heads of this rank, K KV heads of this rank, E head dimension, R rotary pairs.
+Shapes: T tokens, D hidden size, H query heads of this rank, K KV heads of this rank, E head dimension, R rotary pairs,
+C channels of queries, keys and values.
 """
 
 from __future__ import annotations
@@ -40,20 +41,40 @@ class Attention(nn.Module):
         self.q_norm = RmsNorm(shape.head_dim, eps=self.eps, place=place) if config.qk_norm else None
         self.k_norm = RmsNorm(shape.head_dim, eps=self.eps, place=place) if config.qk_norm else None
         self.out = RowLinear(
-            q_size, shape.hidden_size, bias=config.o_bias, place=place, what="the width of all query heads"
+            q_size,
+            shape.hidden_size,
+            bias=config.o_bias,
+            adds=not config.post_norms,
+            place=place,
+            what="the width of all query heads",
         )
 
-    def forward(self, x_TD: Tensor, rotation: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache) -> Tensor:
+    def forward(
+        self,
+        x_TD: Tensor | None,
+        residual_TD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        batch: AttentionBatch,
+        cache: KVCache,
+        *,
+        norm: RmsNorm,
+    ) -> tuple[Tensor | None, Tensor]:
         """Attend, after adding this micro-batch's keys and values to the cache.
 
         Args:
-            x_TD: normed hidden states.
+            x_TD: what is still to be added to the residual; None: nothing.
+            residual_TD: hidden states.
             rotation: cosines and sines [T, R] of the tokens' angles.
             batch: the micro-batch.
             cache: this layer's cache; written.
+            norm: of x + residual, comes before all of it.
+
+        Returns:
+            The output and x + residual, or None and the sum of both.
         """
+        qkv_TC, residual_TD = self.qkv.after_norm(norm, x_TD, residual_TD)
         q_THE = norm_rotate_cache(
-            self.qkv(x_TD),
+            qkv_TC,
             None if self.q_norm is None else self.q_norm.weight,
             None if self.k_norm is None else self.k_norm.weight,
             *rotation,
@@ -78,5 +99,5 @@ class Attention(nn.Module):
             chunk_plan=batch.chunk_plan,
             backend=batch.backend,
         )
-        out_TD: Tensor = self.out(attended_THE.flatten(1))
-        return out_TD
+        x_TD, residual_TD = self.out(attended_THE.flatten(1), residual_TD)
+        return x_TD, residual_TD

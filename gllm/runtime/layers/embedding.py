@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from gllm_kernels.few_rows import linear
 from torch.nn import functional
 
 from gllm.runtime.layers.sharded import Part, Placement, Sharded
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from gllm.runtime.layers.norm import RmsNorm
 
 
 class VocabEmbedding(Sharded):
@@ -40,7 +43,7 @@ class VocabEmbedding(Sharded):
         x_TD = functional.embedding(local_T.masked_fill(elsewhere_T, 0), self.weight)
         return self.shard.group.all_reduce(x_TD.masked_fill(elsewhere_T[:, None], 0))
 
-    def logits(self, x_RD: Tensor) -> Tensor:
-        """Scores [R, V] of all tokens in the weights' type, equal on all ranks."""
-        local = functional.linear(x_RD, self.weight)
+    def logits(self, norm: RmsNorm, x_RD: Tensor) -> Tensor:
+        """Scores [R, V] of all tokens for the norm of x, in the weights' type, equal on all ranks."""
+        local = linear(x_RD, self.weight, gain_K=norm.weight, eps=norm.eps)
         return self.shard.group.all_gather(local)[:, : self.vocab_size]

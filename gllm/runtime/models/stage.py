@@ -46,12 +46,11 @@ class DecoderLayer(nn.Module):
         rotation: tuple[Tensor, Tensor],
         batch: AttentionBatch,
         cache: KVCache,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor | None, Tensor]:
         """Take and give what is still to be added to the residual apart from it: the next norm adds on its way."""
-        normed_TD, residual_TD = self.attention_norm.after_adding(x_TD, residual_TD)
-        x_TD = self.after_attention(self.attention(normed_TD, rotation, batch, cache))
-        normed_TD, residual_TD = self.mlp_norm.after_adding(x_TD, residual_TD)
-        return self.after_mlp(self.mlp(normed_TD)), residual_TD
+        x_TD, residual_TD = self.attention(x_TD, residual_TD, rotation, batch, cache, norm=self.attention_norm)
+        x_TD, residual_TD = self.mlp(self.after_attention(x_TD), residual_TD, norm=self.mlp_norm)
+        return self.after_mlp(x_TD), residual_TD
 
 
 class StageModel(nn.Module):
@@ -97,7 +96,13 @@ class StageModel(nn.Module):
         """The MLP of the layer with that global index; a family with experts overrides it."""
         del layer
         shape = self.config.shape
-        return GatedMlp(shape.hidden_size, shape.intermediate_size, bias=self.config.mlp_bias, place=place)
+        return GatedMlp(
+            shape.hidden_size,
+            shape.intermediate_size,
+            bias=self.config.mlp_bias,
+            adds=not self.config.post_norms,
+            place=place,
+        )
 
     def checkpoint_name(self, name: str) -> str:
         """Where a checkpoint keeps the tensor that we call `name` (both less ".weight" or ".bias")."""
@@ -135,4 +140,4 @@ class StageModel(nn.Module):
         """Scores of all tokens [R, V] in the model's type, equal on the stage's ranks; on the last stage."""
         assert self.norm is not None, "only the last stage has a head"
         assert self.head is not None, "only the last stage has a head"
-        return self.head.logits(self.norm(x_RD))
+        return self.head.logits(self.norm, x_RD)
