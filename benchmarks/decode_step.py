@@ -50,7 +50,7 @@ KINDS = (  # the first that a kernel's name holds
     ("activation", ("silu",)),
     ("experts", ("expert", "moe", "route", "grouped")),
     ("sampling", ("_best_of", "argmax")),
-    ("matrix products", ("gemm", "gemv", "cutlass", "nvjet", "splitK", "cublas", "matmul")),
+    ("matrix products", ("_one_row", "_few_rows", "gemm", "gemv", "cutlass", "nvjet", "splitK", "cublas", "matmul")),
 )
 
 

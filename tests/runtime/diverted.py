@@ -70,7 +70,8 @@ def missed(folder, layout, options):
     for shard in first_steps.local_shards(config, model.shape):
         stage = first_steps.make_stage(config, model, shard)
         with first_steps.without_device():
-            stage.capture(max_tokens)
+            if config.cuda_graphs:
+                stage.capture(max_tokens)
             for step in traffic(limits, max_tokens, seed=0):
                 stage.run(step)
     return {

@@ -41,7 +41,16 @@ SPARSE = {
     "mlp_only_layers": [0],
     "norm_topk_prob": True,
 }
-COMMON = {"_lay_out", "_rms_norm_kernel", "_decode_kernel", "_chunk_kernel", "_best_of_part", "_floor_of_row"}
+COMMON = {
+    "_lay_out",
+    "_rms_norm_kernel",
+    "_one_row_kernel",
+    "_few_rows_kernel",
+    "_decode_kernel",
+    "_chunk_kernel",
+    "_best_of_part",
+    "_floor_of_row",
+}
 
 
 def diverted(*arguments, **environment):
@@ -65,9 +74,11 @@ def diverted(*arguments, **environment):
     [
         (DENSE, {}, {}, {"_silu_and_mul_kernel"}),
         (DENSE, {"pp": 2}, {"max_num_seqs": 2}, {"_silu_and_mul_kernel"}),
+        (DENSE, {}, {"cuda_graphs": False, "max_num_seqs": 32}, {"_silu_and_mul_kernel"}),
+        (DENSE, {}, {"cuda_graphs": False, "max_num_seqs": 1}, {"_silu_and_mul_kernel"}),
         (SPARSE, {"pp": 2, "tp": 2, "ep": 2}, {}, {"_silu_and_mul_kernel", "_product_kernel", "_all_reduce_kernel"}),
     ],
-    ids=["dense", "few slots", "sparse"],
+    ids=["dense", "few slots", "eager", "eager and alone", "sparse"],
 )
 def test_the_first_steps_launch_all_that_traffic_launches(config, layout, options, kernels, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
