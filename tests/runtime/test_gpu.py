@@ -67,16 +67,19 @@ def test_kernels_and_graphs_change_no_answer(options, on_the_cpu):
     assert found == on_the_cpu
 
 
-@pytest.mark.parametrize("backend", ["triton", "flash"])
-def test_bfloat16_stays_close_to_float32(backend):
-    """Log-probabilities of the cases' own texts, beside those of the CPU in float32."""
+@pytest.mark.parametrize(
+    ("backend", "policy"),
+    [("triton", "throttle"), ("flash", "throttle"), *(("triton", f"sarathi:token_budget={num}") for num in (16, 5, 1))],
+)
+def test_bfloat16_stays_close_to_float32(backend, policy):
+    """Log-probabilities of the cases' own texts, beside those of the CPU in float32; small steps have own kernels."""
     if backend == "flash":
         pytest.importorskip("flash_attn")
     told = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
     texts = [case.messages[-1]["content"] for case in held_out_cases(24, 1)]
 
     def logprobs(**options):
-        with LLM(max_num_seqs=8, **options) as llm:
+        with LLM(max_num_seqs=1 if policy.endswith("=1") else 4, policy=policy, **options) as llm:
             found = llm.generate(texts, told, use_tqdm=False)
         return torch.tensor(
             [entry.logprob for output in found for place in output.prompt_logprobs[1:] for entry in place.values()]
@@ -85,7 +88,7 @@ def test_bfloat16_stays_close_to_float32(backend):
     exact = logprobs(device="cpu", dtype="float32")
     close = logprobs(device="cuda", dtype="bfloat16", attention_backend=backend)
     error = ((close - exact).norm() / exact.norm()).item()
-    note(f"bfloat16 {backend}", relative_error=round(error, 5), of=len(exact))
+    note(f"bfloat16 {backend} {policy}", relative_error=round(error, 5), of=len(exact))
     assert error < 0.01
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from gllm_kernels import few_rows
 from gllm_kernels.paged_attention import paged_attention
 from runtime import chatglm_reference
 from runtime.stepping import Engine, load_stages, on_ranks, random_prompts
@@ -44,6 +45,13 @@ def whole_logits(stages, tokens):
     return engine.step([(0, len(tokens))])[0][0]
 
 
+def pieces_logits(stages, tokens, sizes):
+    """The same in pieces of these sizes, and what is left of it token by token."""
+    engine = Engine(stages, [tokens], max_len=len(tokens))
+    sizes = [*sizes, *[1] * (len(tokens) - sum(sizes))]
+    return torch.cat([engine.step([(0, size)])[0][0] for size in sizes])
+
+
 def assert_is_greedy(model, answers):
     """Each token after the prompt is the likeliest one in transformers' eyes."""
     for prompt, tokens in zip(PROMPTS, answers, strict=True):
@@ -75,6 +83,36 @@ def test_greedy_tokens_are_those_of_transformers_for_any_chunk_size(name, tiny):
     assert_is_greedy(model, answers[0])
     assert answers[1] == answers[0]
     assert answers[2] == answers[0]
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "qwen3", "qwen2-moe", "glm4"])
+def test_few_rows_have_kernels_of_their_own_and_the_same_logits(name, tiny, monkeypatch):
+    pytest.importorskip("triton")
+    if torch.cuda.is_available():
+        pytest.skip("for Triton's interpreter")
+    pytest.importorskip("kernels.interpreter").let_scalars_bound_loops()
+    launched = []
+    monkeypatch.setattr(few_rows, "runs_triton", lambda _: True)
+    monkeypatch.setattr(few_rows, "_DTYPES", {torch.float32})
+    monkeypatch.setattr(few_rows, "MIN_TILED", 1)
+    monkeypatch.setattr(few_rows, "linear_triton", recorded(few_rows.linear_triton, launched))
+    folder, model = tiny(name)
+    prompt = random_prompts([20], VOCAB_SIZE)[0]
+    logits = pieces_logits(load_stages(folder), prompt, (16, 3))
+    torch.testing.assert_close(logits, reference_logits(model, prompt), atol=1e-4, rtol=0)
+    has_post_norms = load_model_config(folder).post_norms
+    assert {num_rows for num_rows, _ in launched} == {16, 3, 1}
+    assert any("residual_MO" in options for _, options in launched) != has_post_norms
+
+
+def recorded(function, calls):
+    """That function, which notes the rows of each call and what stands around the product."""
+
+    def call(x, *rest, **options):
+        calls.append((len(x), {name for name, value in options.items() if value is not None}))
+        return function(x, *rest, **options)
+
+    return call
 
 
 # (name, tp, ep): KV heads cut, KV heads repeated, a vocabulary the ranks do not divide, experts spread and cut.
