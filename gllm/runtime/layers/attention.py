@@ -73,19 +73,8 @@ class Attention(nn.Module):
             The output and x + residual, or None and the sum of both.
         """
         qkv_TC, residual_TD = self.qkv.after_norm(norm, x_TD, residual_TD)
-        q_THE = norm_rotate_cache(
-            qkv_TC,
-            None if self.q_norm is None else self.q_norm.weight,
-            None if self.k_norm is None else self.k_norm.weight,
-            *rotation,
-            cache.keys,
-            cache.values,
-            batch.slot_mapping_T,
-            eps=self.eps,
-            interleaved=self.interleaved,
-        )
         attended_THE = paged_attention(
-            q_THE,
+            self._queries(qkv_TC, rotation, batch, cache),
             cache.keys,
             cache.values,
             query_starts=batch.query_starts,
@@ -101,3 +90,19 @@ class Attention(nn.Module):
         )
         x_TD, residual_TD = self.out(attended_THE.flatten(1), residual_TD)
         return x_TD, residual_TD
+
+    def _queries(
+        self, qkv_TC: Tensor, rotation: tuple[Tensor, Tensor], batch: AttentionBatch, cache: KVCache
+    ) -> Tensor:
+        """Queries [T, H, E], ready for attention; keys and values go to the cache."""
+        return norm_rotate_cache(
+            qkv_TC,
+            None if self.q_norm is None else self.q_norm.weight,
+            None if self.k_norm is None else self.k_norm.weight,
+            *rotation,
+            cache.keys,
+            cache.values,
+            batch.slot_mapping_T,
+            eps=self.eps,
+            interleaved=self.interleaved,
+        )
