@@ -48,10 +48,10 @@ def linear(
     residual_MO: Tensor | None = None,
     gated: bool = False,
 ) -> Tensor:
-    """X @ weight.T + bias, with a norm of x before it, and a gate and a residual after it; [M, O] in x's dtype.
+    """The product x @ weight.T, a norm of x before it; bias, gate and residual after it; [M, O] in x's dtype.
 
     Args:
-        x_MK: any number of rows; what is done at once is done in float32, and rounded once.
+        x_MK: any number of rows. What one kernel does, it does in float32 and rounds once.
         weight_NK: in x's dtype; if gated, all rows of the gate, then all rows of what it multiplies.
         bias_N: likewise.
         gain_K: weight of the root-mean-square norm; None: x is not normed.
@@ -68,7 +68,7 @@ def linear(
 
 
 def takes(x_MK: Tensor, weight_NK: Tensor) -> bool:
-    """Whether `linear` does all of it at once."""
+    """Whether `linear` does all that follows the product at once with it."""
     return (
         runs_triton(x_MK)
         and x_MK.dtype in _DTYPES
