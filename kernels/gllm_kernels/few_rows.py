@@ -80,15 +80,16 @@ def takes(x_MK: Tensor, weight_NK: Tensor) -> bool:
 
 @lru_cache
 def default_tuning(num_rows: int, num_weights: int, size: int) -> Tuning:
-    """What suits an H200, by M, N and K: of one row, programs enough for a short output, few reads of x for a long."""
+    """What suits an H200, by M, N and K."""
     if num_rows > 1:
-        # The pipeline is deep enough with a program on each multiprocessor, and shallower where several share one.
-        return Tuning(block_n=64, block_k=128, num_warps=4, num_stages=6 if num_weights <= 1 << 15 else 4)
-    if num_weights <= size:
-        return Tuning(block_n=1 if num_weights < size else 2, block_k=1024, num_warps=4, num_stages=1)
-    if size <= 2048:
-        return Tuning(block_n=4, block_k=512, num_warps=2, num_stages=1)
-    return Tuning(block_n=4, block_k=1024, num_warps=4, num_stages=1)
+        if num_weights <= 1 << 13:  # no more programs than multiprocessors: each loads far ahead
+            return Tuning(block_n=64, block_k=256, num_warps=4, num_stages=4)
+        return Tuning(block_n=64, block_k=128, num_warps=4, num_stages=3)  # so that several share one
+    if num_weights > 1 << 16:
+        return Tuning(block_n=16, block_k=256, num_warps=4, num_stages=1)
+    if size <= 1024:
+        return Tuning(block_n=2, block_k=512, num_warps=2, num_stages=1)
+    return Tuning(block_n=2, block_k=1024, num_warps=4, num_stages=1)
 
 
 def _check(
