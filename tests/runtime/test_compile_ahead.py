@@ -130,13 +130,17 @@ def test_a_launch_finds_in_tritons_cache_what_was_compiled_for_it(tmp_path):
 
 def test_a_mark_is_of_a_model_its_options_and_a_gpu(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(DENSE))
-    config = RuntimeConfig(model=str(tmp_path))
-    mark = compile_ahead.mark_of(config, arch=90)
-    assert mark == compile_ahead.mark_of(RuntimeConfig(model=str(tmp_path)), arch=90)
-    others = {compile_ahead.mark_of(config, arch=80), compile_ahead.mark_of(replace(config, block_size=32), arch=90)}
+    config, gpu = RuntimeConfig(model=str(tmp_path)), {"arch": 90, "num_multiprocessors": 132}
+    mark = compile_ahead.mark_of(config, **gpu)
+    assert mark == compile_ahead.mark_of(RuntimeConfig(model=str(tmp_path)), **gpu)
+    others = {
+        compile_ahead.mark_of(config, **gpu | {"arch": 80}),
+        compile_ahead.mark_of(config, **gpu | {"num_multiprocessors": 114}),
+        compile_ahead.mark_of(replace(config, block_size=32), **gpu),
+    }
     (tmp_path / "config.json").write_text(json.dumps(DENSE | {"intermediate_size": 1024}))
-    others.add(compile_ahead.mark_of(config, arch=90))
-    assert len(others - {mark}) == 3
+    others.add(compile_ahead.mark_of(config, **gpu))
+    assert len(others - {mark}) == 4
 
 
 def test_without_processes_to_be_had_nothing_is_compiled(monkeypatch):

@@ -93,7 +93,7 @@ def _run(config: RuntimeConfig, launcher: int, _working: Connection) -> None:
     try:
         device = torch.cuda.get_device_properties(0)  # makes no context
         arch = 10 * device.major + device.minor
-        mark = mark_of(config, arch=arch)
+        mark = mark_of(config, arch=arch, num_multiprocessors=device.multi_processor_count)
         if not mark.exists():
             compile_first_steps(config, arch=arch)
             mark.touch()
@@ -102,11 +102,15 @@ def _run(config: RuntimeConfig, launcher: int, _working: Connection) -> None:
     os._exit(0)
 
 
-def mark_of(config: RuntimeConfig, *, arch: int) -> Path:
-    """The file in Triton's cache that says that everything was compiled for this model, these options and this code."""
+def mark_of(config: RuntimeConfig, *, arch: int, num_multiprocessors: int) -> Path:
+    """The file in Triton's cache that says that all was compiled for this model, these options, this code and this GPU.
+
+    Multiprocessors count: some kernels are compiled for lists as long as there are of them.
+    """
     import triton  # noqa: PLC0415 - Triton may not be installed
 
-    told = hashlib.sha256(repr((config, config.check(), arch, triton.__version__, torch.__version__)).encode())
+    gpu = arch, num_multiprocessors
+    told = hashlib.sha256(repr((config, config.check(), gpu, triton.__version__, torch.__version__)).encode())
     for folder in (Path(gllm.runtime.__file__).parent, Path(gllm_kernels.__file__).parent):
         for path in sorted(folder.rglob("*.py")):
             told.update(path.read_bytes())
