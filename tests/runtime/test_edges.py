@@ -12,7 +12,9 @@ from runtime.tiny_models import make
 from gllm import SamplingParams
 from gllm.model_shape import load_shape
 from gllm.parallel import Parallel
+from gllm.runtime.config import RuntimeConfig
 from gllm.runtime.worker.groups import connect
+from gllm.runtime.worker.worker import Worker
 
 MAX_IN_FLIGHT = 3
 NUM_SENT = 40
@@ -51,6 +53,21 @@ def unused_port():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
+
+
+def test_a_slot_holds_the_largest_steps_hidden_states(tmp_path, monkeypatch):
+    given = []
+
+    def end(*_, **options):
+        given.append(options)
+        raise InterruptedError
+
+    make("qwen3", tmp_path)
+    monkeypatch.setattr("gllm.runtime.worker.worker.connect", end)
+    config = RuntimeConfig(model=str(tmp_path), device="cpu", policy="sarathi:token_budget=100")
+    with pytest.raises(InterruptedError):
+        Worker(config, 0, torch.device("cpu"), None, None, ahead=None)
+    assert given == [{"largest_bytes": 100 * config.check().shape.hidden_size * 4}]
 
 
 def test_tokens_that_no_step_feeds_in_do_not_pile_up(tmp_path):

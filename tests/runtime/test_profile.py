@@ -506,6 +506,38 @@ def test_without_a_slowdown_there_is_no_clock(monkeypatch):
     assert measured(room(), quick=True)[1]["clock"] is None, "not on a GPU"
 
 
+@pytest.mark.parametrize(("settles", "least_ns", "most_ns"), [(True, 150_000_000, 200_000_000), (False, 0, 50_000_000)])
+def test_small_steps_are_measured_for_a_while(settles, least_ns, most_ns):
+    where = room()
+    workers = FakeWorkers(where)
+    maker = StepMaker(where.limits, VOCAB_SIZE, max_tokens=where.max_tokens, first_plan=FIRST_PLAN)
+    measure(Session(workers, num_stages=1, max_in_flight=2), maker, prompts(64, BASE_CHUNK), settles=settles)
+    assert least_ns <= workers.now_ns < most_ns
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+def test_on_a_gpu_all_mixes_settle(on_gpu, monkeypatch):
+    settled = []
+
+    def note(session, maker, mix, *, alone=False, settles=False):
+        settled.append(settles)
+        return measure(session, maker, mix, alone=alone)
+
+    monkeypatch.setattr(profiler, "measure", note)
+    grid = make_grid(room(), quick=True)
+    maker = StepMaker(grid.room.limits, VOCAB_SIZE, max_tokens=grid.room.max_tokens, first_plan=FIRST_PLAN)
+    profiler.measure_tables(FakeWorkers(grid.room), grid, maker, on_gpu=on_gpu)
+    assert set(settled) == {on_gpu}
+
+
+def test_prompts_are_of_different_tokens():
+    where = room()
+    maker = StepMaker(where.limits, VOCAB_SIZE, max_tokens=where.max_tokens, first_plan=FIRST_PLAN)
+    _, steps = maker.make(prompts(256, 64), 3)
+    drawn = {tuple(new.token_ids) for step in steps for new in step.admissions}
+    assert len(drawn) == 4 * 3
+
+
 @pytest.mark.parametrize("few", [{"max_tokens": 127}, {"max_num_seqs": 1}, {"max_model_len": 63}, {"num_blocks": 7}])
 def test_too_little_room(few):
     with pytest.raises(ValueError, match=r"a profile needs steps of two prompts of 64 tokens; raise --max-tokens-per"):

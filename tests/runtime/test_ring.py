@@ -3,6 +3,7 @@
 import ctypes
 import random
 from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
@@ -255,23 +256,24 @@ def _without_a_gpu(rank):
         else:
             came.append(edge.receive(torch.zeros(4))[0].item())
     dist.barrier()  # what nobody has taken yet is lost with the sender's edge
-    return edge.method, neighbours.tokens.method, came
+    return edge.method, neighbours.tokens.method, came, edge._slot_bytes, neighbours.tokens._slot_bytes
 
 
 def test_without_a_gpu_tensors_go_through_the_process_group(capfd):
     sender, receiver = on_processes(_without_a_gpu, 2)
     assert sender[:2] == receiver[:2] == ("process group (no GPU)", "process group (no GPU)")
     assert receiver[2] == list(range(10))
+    assert sender[3:] == receiver[3:] == (32 << 20, 64 << 10), "tokens take no more than they need"
     assert "gllm:" not in capfd.readouterr().err
 
 
-def _one_end_fails(rank):
-    """Memory and driver are there, played; one end's trial fails at its second turn: both hear why."""
+def _trial(rank, failing):
+    """Memory and driver are there, played; the second end's trial fails at a turn, or at none: both hear why."""
     group, turns = dist.new_group([0, 1]), []
 
     def turn(_ring, _mine, number):
         turns.append(number)
-        if rank == 1 and number == 1:
+        if rank == 1 and number == failing:
             raise NoSharedMemoryError("it came otherwise")
 
     rings.CudaDriver = lambda: PlayedStreams(0)
@@ -289,8 +291,11 @@ def _memory():
     return MappedMemory([buffer.data_ptr() for buffer in buffers], buffers[0], buffers)
 
 
-def test_if_one_end_cannot_neither_does():
-    assert on_processes(_one_end_fails, 2) == [("it came otherwise", [0, 1]), ("it came otherwise", [0, 1])]
+@pytest.mark.parametrize(
+    ("failing", "why", "turns"), [(1, "it came otherwise", [0, 1]), (None, "", [0, 1, 2, 3])], ids=["fails", "works"]
+)
+def test_every_slot_is_tried_and_if_one_end_cannot_neither_does(failing, why, turns):
+    assert on_processes(partial(_trial, failing=failing), 2) == [(why, turns)] * 2
 
 
 def test_only_what_fits_a_slot_goes_through_the_ring(monkeypatch):
