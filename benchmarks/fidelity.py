@@ -76,9 +76,10 @@ CAUSES = """\
 - The other groups: profiles measure large steps with the clock that they leave a GPU (it ran at its limit of 700 W).
   In traffic that comes thinner it has rested: a step of 129 to 2,048 tokens of Sarathi at 16/s takes 6 to 9 % less than
   predicted. Throttle's, which come all the time, are right at that rate.
-- At 48/s and on two GPUs decode attention takes 5 to 18 % more than the profile's, whose contexts are less unlike than
-  traffic's; the attention kernel deals out keys evenly, but not what each sequence costs besides. That this is the
-  cause is a guess. TTFT beyond saturation is mostly a queue, so it multiplies such errors.
+- By the factors below, decode attention at 48/s takes 5 to 8 % more than the profile's in steps of decodes alone and
+  18 to 30 % more beside chunks; on two GPUs 5 to 6 % less alone and up to 27 % more beside chunks. The profile's
+  contexts are less unlike than traffic's; the attention kernel deals out keys evenly, but not what each sequence costs
+  besides. That this is the cause is a guess. TTFT beyond saturation is mostly a queue, so it multiplies such errors.
 - The 32B runs and their profile are of f258cbe with GLLM_EDGES=copy, which is the only way since; the 8B runs and
   theirs of 5e0443b, where the profile's prompts are of different tokens.
 """
