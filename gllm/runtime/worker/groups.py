@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from gllm.model_shape import ModelShape
     from gllm.parallel import Parallel
 
-_MAX_SLOT_BYTES = 32 << 20  # 3 to 6 such slots at both ends of each edge
+_MAX_SLOT_BYTES = 32 << 20  # at both ends of each edge, one slot more than steps may be on the road
 _TOKENS_BYTES = 64 << 10  # 8192 sampled tokens
 
 # Its names since torch 2.13 and before.
