@@ -176,10 +176,11 @@ def test_the_launcher_launches_where_it_takes(device, monkeypatch):
 
 
 def test_a_tuning_is_of_the_shape():
-    assert default_tuning(1, 4096, 12288).block_n == 1
-    assert default_tuning(1, 24576, 4096).block_n == 4
-    assert default_tuning(1, 6144, 1024) == Tuning(4, 512, 2, 1)
-    assert default_tuning(2, 6144, 4096) == default_tuning(16, 6144, 4096)
+    assert default_tuning(1, 6144, 4096) == default_tuning(1, 4096, 12288) == Tuning(2, 1024, 4, 1)
+    assert default_tuning(1, 6144, 1024) == Tuning(2, 512, 2, 1)
+    assert default_tuning(1, 151_936, 1024) == default_tuning(1, 151_936, 4096) == Tuning(16, 256, 4, 1)
+    assert default_tuning(2, 6144, 4096) == default_tuning(16, 6144, 4096) == Tuning(64, 256, 4, 4)
+    assert default_tuning(2, 24_576, 4096) == Tuning(64, 128, 4, 3)
 
 
 def test_what_does_not_fit_is_refused(device):

@@ -24,8 +24,9 @@ from gllm.runtime.profile import command, profiler
 from gllm.runtime.profile.command import gist
 from gllm.runtime.profile.grids import BASE_CHUNK, MOST_EACH, Room, make_grid, random_mixes
 from gllm.runtime.profile.host import host_times
+from gllm.runtime.profile.measure import measure
 from gllm.runtime.profile.session import Session
-from gllm.runtime.profile.steps import DRIFT, MAX_REPEATS, Mix, StepMaker, uneven_decodes
+from gllm.runtime.profile.steps import DRIFT, MAX_REPEATS, Mix, StepMaker, prompts, uneven_decodes
 from gllm.sim.cost import batch_work
 from gllm.sim.gpus import get_gpu
 from gllm.sim.profile import read_profile
@@ -506,28 +507,29 @@ def test_without_a_slowdown_there_is_no_clock(monkeypatch):
     assert measured(room(), quick=True)[1]["clock"] is None, "not on a GPU"
 
 
-@pytest.mark.parametrize(("settles", "least_ns", "most_ns"), [(True, 150_000_000, 200_000_000), (False, 0, 50_000_000)])
-def test_small_steps_are_measured_for_a_while(settles, least_ns, most_ns):
+@pytest.mark.parametrize(("rests", "least_ns", "most_ns"), [(True, 150_000_000, 200_000_000), (False, 0, 50_000_000)])
+def test_small_steps_are_measured_for_a_while(rests, least_ns, most_ns):
     where = room()
     workers = FakeWorkers(where)
     maker = StepMaker(where.limits, VOCAB_SIZE, max_tokens=where.max_tokens, first_plan=FIRST_PLAN)
-    measure(Session(workers, num_stages=1, max_in_flight=2), maker, prompts(64, BASE_CHUNK), settles=settles)
+    measure(Session(workers, num_stages=1, max_in_flight=2), maker, prompts(64, BASE_CHUNK), rests=rests)
     assert least_ns <= workers.now_ns < most_ns
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])
-def test_on_a_gpu_all_mixes_settle(on_gpu, monkeypatch):
-    settled = []
+def test_on_a_gpu_all_mixes_may_rest(on_gpu, monkeypatch):
+    found = []
 
-    def note(session, maker, mix, *, alone=False, settles=False):
-        settled.append(settles)
+    def note(session, maker, mix, *, alone=False, rests=False):
+        found.append(rests)
         return measure(session, maker, mix, alone=alone)
 
     monkeypatch.setattr(profiler, "measure", note)
+    monkeypatch.setattr(Session, "rest", lambda *_: None)
     grid = make_grid(room(), quick=True)
     maker = StepMaker(grid.room.limits, VOCAB_SIZE, max_tokens=grid.room.max_tokens, first_plan=FIRST_PLAN)
     profiler.measure_tables(FakeWorkers(grid.room), grid, maker, on_gpu=on_gpu)
-    assert set(settled) == {on_gpu}
+    assert set(found) == {on_gpu}
 
 
 def test_prompts_are_of_different_tokens():

@@ -51,7 +51,7 @@ def measure(session: Session, maker: StepMaker, mix: Mix, *, alone: bool = False
         maker: of its steps.
         mix: what to compute.
         alone: each step when the one before is back, so that every stage waits for it.
-        rests: repeat it until medians are steady; a large step after rests, no longer than a GPU keeps its clock.
+        rests: repeat it for a while; a large step after rests, no longer than a GPU keeps its clock.
     """
     *_, warm = _repeat(session, maker, mix, _NUM_WARM, alone=alone)
     took_ns = warm[-1].end_ns - warm[0].start_ns
