@@ -431,7 +431,7 @@ def test_a_gpus_cache_is_filled_first():
         grid = make_grid(room(num_blocks=num_blocks))
         workers = FakeWorkers(grid.room)
         maker = StepMaker(grid.room.limits, VOCAB_SIZE, max_tokens=grid.room.max_tokens, first_plan=FIRST_PLAN)
-        profiler._fill(Session(workers, num_stages=1, max_in_flight=2), maker, grid.room)
+        profiler.fill(Session(workers, num_stages=1, max_in_flight=2), maker, grid.room)
         assert workers.written == set(range(num_blocks))
 
 

@@ -1,18 +1,11 @@
 """The twin's third promise: simulated again, runs recorded on GPUs are no further off than results/twin.json says."""
 
 import json
-import sys
-from pathlib import Path
 
 import pytest
+from twin.benchmark_scripts import load_script
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-sys.path.insert(0, str(BENCHMARKS))
-try:
-    import fidelity
-finally:
-    sys.path.remove(str(BENCHMARKS))
+fidelity = load_script("fidelity")
 
 TOLERANCE = 0.25
 """Percentage points that an error may grow by."""

@@ -7,6 +7,7 @@ GPU, then few decodes, which it cools down with; and many decodes with long cont
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -92,9 +93,10 @@ def measure_clock(session: Session, maker: StepMaker, grid: Grid, times: Mapping
     course = _Course(session, maker, grid, times)
     series = [list(each) for _ in range(_NUM_ROUNDS) for each in course.all_series()]
     clock = fit(series)
-    return (
-        None if clock is None else Clocked(clock, _error(clock, series), _error(replace(clock, slowdown=0.0), series))
-    )
+    if clock is None:
+        return None
+    without = replace(clock, slowdown=0.0)
+    return Clocked(clock, *(fmean(abs(error) for error in errors(each, series)) for each in (clock, without)))
 
 
 def without_own_heat(clock: GpuClock, grid: Grid, times: Mapping[Mix, Times]) -> dict[Mix, Times]:
@@ -217,12 +219,11 @@ def _share(step: Step) -> float:
     return step.kind.stretched_ns / step.kind.rested_ns
 
 
-def _error(clock: GpuClock, series: Sequence[Sequence[Step]]) -> float:
-    """Mean of the absolute relative errors."""
+def errors(clock: GpuClock, series: Sequence[Sequence[Step]]) -> list[float]:
+    """Of each step that counts: predicted less measured, as a share of what was measured."""
     tau, knee, attention = (np.array([float(value)]) for value in (clock.tau_ns, clock.knee, clock.attention))
-    errors = [
-        abs(step.kind.rested_ns * (1.0 + clock.slowdown * _share(step) * float(heat[0])) / step.took_ns - 1.0)
+    return [
+        step.kind.rested_ns * (1.0 + clock.slowdown * _share(step) * float(heat[0])) / step.took_ns - 1.0
         for steps in series
         for step, heat in _heats(steps, tau, knee, attention)
     ]
-    return float(np.mean(errors))

@@ -90,7 +90,7 @@ def _measured(args: Namespace, config: RuntimeConfig, model: ModelConfig) -> Pro
     from gllm.runtime.profile.profiler import take_profile  # noqa: PLC0415 - --help must not wait for it, nor mistakes
 
     start_s = time.monotonic()
-    with _workers(config) as workers:
+    with started_workers(config) as workers:
         limits, device = workers.load(tell_seldom(quiet=args.quiet))
         tables = take_profile(
             workers,
@@ -129,7 +129,7 @@ def _attention_backend(config: RuntimeConfig, device: str) -> str:
 
 
 @contextmanager
-def _workers(config: RuntimeConfig) -> Iterator[Workers]:
+def started_workers(config: RuntimeConfig) -> Iterator[Workers]:
     """Workers that end with the block, soon if there is an exception."""
     import zmq  # noqa: PLC0415
 

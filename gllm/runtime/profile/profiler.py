@@ -64,7 +64,7 @@ def measure_tables(
         assert found is not None, "there is more than one stage"
         transfer_ns[num] = max(0, found)  # shorter than the clocks of two GPUs agree
     if on_gpu:
-        _fill(session, maker, grid.room)
+        fill(session, maker, grid.room)
         session.rest(_REST_S)
     mixes = sorted(grid.mixes(), key=lambda mix: mix.num_tokens)  # small ones do not rest: none follows a large one
     times: dict[Mix, Times] = {}
@@ -79,7 +79,7 @@ def measure_tables(
     return {**make_tables(grid, times, transfer_ns), "clock": clocked.part()}
 
 
-def _fill(session: Session, maker: StepMaker, room: Room) -> None:
+def fill(session: Session, maker: StepMaker, room: Room) -> None:
     """Prompts into every block of the cache; their makers hand blocks out one after another."""
     limits = room.limits
     size = min(_FILLING_CHUNK, limits.max_tokens_per_sequence, room.max_tokens)

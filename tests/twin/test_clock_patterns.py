@@ -1,0 +1,59 @@
+"""The clock model beside what an H200 took: the committed patterns, those that it is not fitted to above all."""
+
+import json
+from functools import cache
+
+import pytest
+from twin.benchmark_scripts import BENCHMARKS, load_script
+
+from gllm.gpu_clock import StageClock
+from gllm.runtime.profile.clock import errors
+
+script = load_script("clock")
+
+PATH = BENCHMARKS / "results" / "clock-patterns_qwen3-8b_nvidia-h200.json"
+
+
+@cache
+def found():
+    return script.read(PATH)
+
+
+def test_patterns_that_the_clock_was_not_fitted_to():
+    clock, rows, means = script.judge(found())
+    assert means["unseen, with"] < 0.012
+    assert means["unseen, without"] > 0.024
+    assert means["fitted, with"] < 0.012
+    assert means["fitted, without"] > 0.05
+    assert max(abs(float(row[-2])) for row in rows) < 3.1, "percent, of the mean of a pattern"
+    assert 30e6 < clock.tau_ns < 60e6
+    assert 0.11 < clock.slowdown < 0.14
+
+
+def test_the_simulators_clock_is_the_fitted_one():
+    clock, _, _ = script.judge(found())
+    for steps in script.series_of(found())[:12]:
+        stage, predicted = StageClock(clock), []
+        for step in steps:
+            power = step.kind.power + clock.attention * step.kind.attention
+            took = stage.step(int(step.idle_ns), int(step.kind.rested_ns), step.kind.stretched_ns, power)
+            predicted += [took / step.took_ns - 1.0] if step.counts else []
+        assert predicted == pytest.approx(errors(clock, [steps]), abs=0.012)
+
+
+def test_a_picture_and_no_gpu(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["clock.py", "--read", str(PATH), "--out", str(tmp_path)])
+    assert script.main() == 0
+    assert "unseen, with the clock: mean absolute error 1.0" in capsys.readouterr().out
+    (picture,) = tmp_path.iterdir()
+    assert "by the fitted clock" in picture.read_text(encoding="utf-8") or picture.stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("text", ["", "[]", json.dumps({"kinds": {}})])
+def test_what_is_no_such_file_is_refused_in_a_line(text, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "other.json"
+    path.write_text(text)
+    monkeypatch.setattr("sys.argv", ["clock.py", "--read", str(path)])
+    with pytest.raises(SystemExit):
+        script.main()
+    assert "give a file that this script has written" in capsys.readouterr().err
