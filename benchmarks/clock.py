@@ -54,7 +54,7 @@ class Pattern(NamedTuple):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether the clock is fitted to it: `profile` has prompts in a row and few decodes then, and many long ones."""
+        """Whether the clock is fitted to it: `profile` has prompts in a row, then few decodes, and many long ones."""
         (first, times), *rest = self.parts
         if times < MAX_REPEATS or [kind for kind, _ in rest] not in ([], [FEW]):
             return False

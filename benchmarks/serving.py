@@ -223,6 +223,8 @@ def show(result: dict[str, Any], args: argparse.Namespace) -> None:
         line("Request rate configured (RPS):", args.request_rate)
     line("Benchmark duration (s):", result["duration"])
     line("Total input tokens:", result["total_input_tokens"])
+    if result["total_cached_tokens"]:  # the same prompts were there before
+        line("Of these found in a cache:", result["total_cached_tokens"])
     line("Total generated tokens:", result["total_output_tokens"])
     line("Request throughput (req/s):", result["request_throughput"])
     if args.goodput:

@@ -39,7 +39,9 @@ def run(trace: str, rates: str) -> list[dict[str, Any]]:
     """Compare all policies at all rates; the summaries."""
     folder = ROOT / "out" / "throttling"
     command = [sys.executable, "-m", "gllm.sim", "compare", trace, *CONFIG, "--policies", ",".join(POLICIES)]
-    subprocess.run([*command, "--rates", rates, "--out", str(folder)], check=True)  # noqa: S603
+    done = subprocess.run([*command, "--rates", rates, "--out", str(folder)], check=False)  # noqa: S603
+    if done.returncode:  # which it has told why
+        raise SystemExit(done.returncode)
     summaries: list[dict[str, Any]] = json.loads((folder / "compare.json").read_text())["runs"]
     return summaries
 

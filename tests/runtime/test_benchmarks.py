@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -401,6 +402,15 @@ def test_serving_limits_what_runs_at_once(server):
     figures = dict(line.rsplit(maxsplit=1) for line in out.splitlines() if ": " in line)
     assert figures["Peak concurrent requests:"] == "2"
     assert figures["Successful requests:"] == "6"
+
+
+def test_serving_tells_of_prompts_that_were_there_before(server):
+    cold, warm = (
+        script("serving", "--base-url", server.url, *SHORT, "--seed", "77", "--random-input-len", "64")[0]
+        for _ in range(2)
+    )
+    assert "Of these found in a cache:" not in cold
+    assert re.search(r"Of these found in a cache: +[1-9]", warm)
 
 
 def test_serving_a_chat_and_a_trace(server):

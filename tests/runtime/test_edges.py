@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from runtime.inprocess import local_llm
+from runtime.servers import free_port
 from runtime.tiny_models import make
 
 from gllm import SamplingParams
@@ -33,10 +34,11 @@ def _rank(rank, port, found):
     dist.barrier()
 
 
-def test_an_edge_keeps_no_more_than_may_be_on_the_road(unused_port):
+def test_an_edge_keeps_no_more_than_may_be_on_the_road():
     context = get_context("spawn")
     found = context.Queue()
-    ranks = [context.Process(target=_rank, args=(rank, unused_port, found), daemon=True) for rank in range(2)]
+    port = free_port()
+    ranks = [context.Process(target=_rank, args=(rank, port, found), daemon=True) for rank in range(2)]
     for process in ranks:
         process.start()
     kept = dict(found.get(timeout=60) for _ in ranks)
@@ -44,15 +46,6 @@ def test_an_edge_keeps_no_more_than_may_be_on_the_road(unused_port):
         process.join(30)
         assert process.exitcode == 0
     assert kept[0] == MAX_IN_FLIGHT
-
-
-@pytest.fixture
-def unused_port():
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
 
 
 def test_a_slot_holds_the_largest_steps_hidden_states(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from runtime.ranks import on_processes
+from runtime.servers import free_port
 
 from gllm.model_shape import load_shape
 from gllm.parallel import Parallel
@@ -149,12 +150,11 @@ def _wait_for_ever(rank, port, ends_itself, told):
 
 
 @pytest.mark.parametrize("ends_itself", [True, False])
-def test_a_process_whose_stream_waits_ends_at_once(ends_itself, unused_port):
+def test_a_process_whose_stream_waits_ends_at_once(ends_itself):
     context = get_context("spawn")
-    told = context.Queue()
+    told, port = context.Queue(), free_port()
     ranks = [
-        context.Process(target=_wait_for_ever, args=(rank, unused_port, ends_itself, told), daemon=True)
-        for rank in range(2)
+        context.Process(target=_wait_for_ever, args=(rank, port, ends_itself, told), daemon=True) for rank in range(2)
     ]
     for process in ranks:
         process.start()
@@ -170,12 +170,3 @@ def test_a_process_whose_stream_waits_ends_at_once(ends_itself, unused_port):
     finally:
         for process in ranks:
             process.kill()
-
-
-@pytest.fixture
-def unused_port():
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
