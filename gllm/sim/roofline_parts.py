@@ -85,7 +85,8 @@ class RooflineParts:
 def scaled(profile: Profile, source: RooflineParts, target: RooflineParts) -> Profile:
     """The profile as if made on another GPU: each time by what the roofline says of the two. What the host does stays.
 
-    Transfers are dropped where `source` has a single stage, which has none; the clock's ways too, which are its own.
+    Transfers are dropped where `source` has a single stage, which has none. The clock stays: whatever the other card's
+    is like, without one its steps in a row would take what rested ones do.
     """
     has_transfer = profile.transfer is not None and source.transfer(1) > 0
     attention = _ratio(source.prefill_attention, target.prefill_attention)
@@ -106,7 +107,6 @@ def scaled(profile: Profile, source: RooflineParts, target: RooflineParts) -> Pr
         transfer=_scaled_curve(profile.transfer, _ratio(source.transfer, target.transfer))
         if profile.transfer is not None and has_transfer
         else None,
-        clock=None,
     )
 
 

@@ -516,10 +516,12 @@ def test_the_largest_step_draws_most(folder):
     assert cost.load(step(contexts=[16])).power < 0.1
 
 
-def test_another_gpus_clock_is_not_known(folder):
-    cost = model(folder, contents(clock=CLOCK), gpu="h100")
-    assert (cost.clock, cost.load(WORKS[0])) == (None, None)
-    assert model(folder, contents(clock=CLOCK, gpu=None), gpu="h100").clock is not None
+@pytest.mark.parametrize("gpu", ["h200", None])
+def test_another_gpu_is_taken_to_have_the_same_clock(folder, gpu):
+    ours, theirs = (model(folder, contents(clock=CLOCK, gpu=gpu), gpu=name) for name in ("h200", "h100"))
+    assert ours.clock == theirs.clock is not None
+    work = step([(0, 1024)])
+    assert theirs.load(work).power == pytest.approx(ours.load(work).power, rel=0.05)
 
 
 def test_checks_are_rested(tmp_path):
