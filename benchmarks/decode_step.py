@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from array import array
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 BLOCK_SIZE = 16
 NUM_STEPS = 40
+NUM_ROUNDS = 5  # of these steps
 NUM_PROFILED = 4
 KINDS = (  # the first that a kernel's name holds
     ("attention", ("_decode_kernel", "_chunk", "flash")),
@@ -127,15 +129,18 @@ def measure(stage: Stage, size: int, context: int) -> tuple[dict[str, Any], list
         stage.run(batch.step())
     torch.cuda.synchronize()
     host = []
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    for _ in range(NUM_STEPS):
-        step, began = batch.step(), time.perf_counter()
-        stage.run(step)
-        host.append(time.perf_counter() - began)
-    end.record()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(NUM_ROUNDS + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        for _ in range(NUM_STEPS // NUM_ROUNDS):
+            step, began = batch.step(), time.perf_counter()
+            stage.run(step)
+            host.append(time.perf_counter() - began)
+        mark.record()
     torch.cuda.synchronize()
-    step_us = 1000 * start.elapsed_time(end) / NUM_STEPS
+    # A pause of the host's, as a garbage collection is, must not count.
+    rounds_ms = [before.elapsed_time(after) for before, after in pairwise(marks)]
+    step_us = 1000 * median(rounds_ms) / (NUM_STEPS // NUM_ROUNDS)
     spans = profiled(lambda: stage.run(batch.step()))
     num_bytes = bytes_read(stage, size, context + NUM_STEPS // 2)
     return {
