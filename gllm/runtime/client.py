@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 _LOOK_MS = 100  # how often a silent engine is looked after
 _GOODBYE_S = 10.0
+_LATE_S = 0.002  # what ZeroMQ, whose clock has milliseconds, may be late by
+_NAP_S = 0.00005
 
 
 class EngineClient:
@@ -77,7 +79,7 @@ class EngineClient:
         self._send(Abort(list(keys)))
 
     def receive(self, timeout_s: float | None) -> Notice | None:
-        """The next notice; None if there was none in time.
+        """The next notice; None if there was none in time, which is kept to within a tenth of a millisecond.
 
         Raises:
             StartError: The engine gave up for a reason that the user can mend.
@@ -85,14 +87,18 @@ class EngineClient:
         """
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            left_ms = _LOOK_MS if deadline is None else min(_LOOK_MS, max(0, int(1000 * (deadline - time.monotonic()))))
+            left_s = None if deadline is None else deadline - time.monotonic()
             dead = self._engine.poll() is not None  # looked at before its last words are read
-            if self._notices.poll(left_ms):
+            if self._notices.poll(_LOOK_MS if left_s is None else _poll_ms(left_s)):
                 return self._checked(decode_notice(self._notices.recv()))
             if dead:
                 self._fail(f"the engine process {process.how(self._engine.returncode)}")
-            if deadline is not None and time.monotonic() >= deadline:
+            if left_s is None:
+                continue
+            if left_s <= 0:
                 return None
+            if left_s <= _LATE_S:
+                time.sleep(min(left_s, _NAP_S))
 
     def finish(self) -> bytes | None:
         """End the engine in good order; return the columns of the run's record, if one was kept."""
@@ -132,3 +138,8 @@ class EngineClient:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _poll_ms(left_s: float) -> int:
+    """How long to wait for a notice so that there is still time to take a nap."""
+    return min(_LOOK_MS, max(0, int(1000 * (left_s - _LATE_S))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -114,23 +115,20 @@ class _Player:
     num_ended: int = 0
 
     def play(self, requests: Iterator[NewRequest]) -> None:
-        """Until every request has ended. The clock starts once the prompts of the trace's first moment are written."""
-        following = next(requests, None)
-        first: list[NewRequest] = []
-        while following is not None and (not first or following.arrival_ns == first[0].arrival_ns):
-            first.append(following)
-            following = next(requests, None)
+        """Until every request has ended. Those of one time go together, so that one turn sees them all.
+
+        Each time's are written before they are due; the clock starts once the first ones are.
+        """
+        groups = (list(group) for _, group in groupby(requests, key=lambda request: request.arrival_ns))
+        following = next(groups, None)
         start_ns = time.monotonic_ns()
-        self.client.submit([stamped(request, start_ns) for request in first])
         while self.num_ended < self.num_requests:
-            due: list[NewRequest] = []
-            # Those of one time go together, so that one turn sees them all.
-            while following is not None and _is_due(stamped(following, start_ns), due):
-                due.append(stamped(following, start_ns))
-                following = next(requests, None)
-            if due:
-                self.client.submit(due)
-            self._listen(_PATIENCE_S if following is None else _seconds_until(stamped(following, start_ns)))
+            left_s = _PATIENCE_S if following is None else _seconds_until(start_ns + following[0].arrival_ns)
+            if following is not None and left_s <= 0:
+                self.client.submit([stamped(request, start_ns) for request in following])
+                following = next(groups, None)
+            else:
+                self._listen(min(left_s, _PATIENCE_S))
 
     def _listen(self, timeout_s: float) -> None:
         notice = self.client.receive(timeout_s)
@@ -166,12 +164,8 @@ def requests_of(client: EngineClient, trace: Trace, *, temperature: float) -> It
         )
 
 
-def _is_due(request: NewRequest, due: list[NewRequest]) -> bool:
-    return request.arrival_ns <= time.monotonic_ns() or bool(due and request.arrival_ns == due[-1].arrival_ns)
-
-
-def _seconds_until(request: NewRequest) -> float:
-    return min(_PATIENCE_S, max(0.0, (request.arrival_ns - time.monotonic_ns()) / 1e9))
+def _seconds_until(time_ns: int) -> float:
+    return (time_ns - time.monotonic_ns()) / 1e9
 
 
 def describe(  # noqa: PLR0917 - all that a run was

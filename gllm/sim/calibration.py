@@ -151,6 +151,7 @@ class ReplicaCost:
     def __init__(self, cost: CostModel, calibration: Calibration, *, seed: int, number: int) -> None:
         self.num_stages, self.host_ns, self.return_ns = cost.num_stages, cost.host_ns, cost.return_ns
         self.transfer_ns, self.gap_ns, self.clock = cost.transfer_ns, cost.gap_ns, cost.clock
+        self.intake_ns = cost.intake_ns
         self._cost, self._class_of = cost, calibration.class_of
         self._name = f"{seed} {number}"
         self._own = [_deviations(errors.ratios) for errors in calibration.errors]

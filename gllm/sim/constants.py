@@ -40,3 +40,4 @@ class RooflineConstants:
     # from the stage's end until the engine has the tokens, 0.20 and 0.23 ms.
     host_ns: int = 1_320_000
     return_ns: int = 216_000
+    intake_ns: int = 0  # from a request's arrival until the engine knows of it; no profile of an H200 has it yet

@@ -78,6 +78,10 @@ class CostModel(Protocol):
         """Pipeline stages."""
 
     @property
+    def intake_ns(self) -> int:
+        """From a request's arrival until the engine knows of it."""
+
+    @property
     def host_ns(self) -> int:
         """From the engine's decision to the start of the first stage."""
 

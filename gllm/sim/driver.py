@@ -95,7 +95,8 @@ class Simulation:
         self._script = script
         done = self._return if script is None else self._return_amended
         self._submit = pipeline(self.env, cost.num_stages, memory, done, cost.clock).submit
-        self.env.process(self._arrive(arrivals, _arrival_ns if script is None else script.due_ns))
+        self._intake_ns = cost.intake_ns
+        self.env.process(self._arrive(arrivals, self._due_ns if script is None else script.due_ns))
         if script is not None:
             self.env.process(self._abort(script.aborts))
 
@@ -103,6 +104,9 @@ class Simulation:
         """Until every request has ended."""
         self.env.run()
         assert not self.engine.num_unfinished, "the simulation ran out of events with requests unfinished"
+
+    def _due_ns(self, arrival: Arrival) -> int:
+        return arrival.request.arrival_ns + self._intake_ns
 
     def _arrive(
         self, arrivals: Iterable[Arrival], due_ns: Callable[[Arrival], int]
@@ -220,7 +224,3 @@ class Simulation:
                 stopped = self._flights[joined.previous - self._flights[0][0].id][3]
                 if all(entry.id != sequence.id for entry in stopped):
                     stopped.append(Stopped(sequence.id))
-
-
-def _arrival_ns(arrival: Arrival) -> int:
-    return arrival.request.arrival_ns

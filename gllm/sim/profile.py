@@ -60,6 +60,7 @@ class Profile:
     transfer: Curve | None  # by tokens
     dispatch_ns: int
     return_ns: int
+    intake_ns: int  # 0: it was not measured
     clock: GpuClock | None  # times are after a rest; None: what a step takes does not depend on those before it
     checks: tuple[Check, ...]
 
@@ -163,6 +164,7 @@ def _profile(top: Fields, name: str) -> Profile:
         transfer=None if top.is_absent("transfer") else top.part("transfer").curve("tokens"),
         dispatch_ns=host.whole("dispatch_ns"),
         return_ns=host.whole("return_ns"),
+        intake_ns=0 if host.is_absent("intake_ns") else host.whole("intake_ns"),
         clock=None if top.is_absent("clock") else _clock(top.part("clock")),
         checks=tuple(_check(part, parallel.pp) for part in top.parts("checks")),
     )

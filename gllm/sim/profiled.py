@@ -59,6 +59,7 @@ class Profiled:
         constants: RooflineConstants = RooflineConstants(),
     ) -> None:
         self.num_stages, self.host_ns, self.return_ns = parallel.pp, profile.dispatch_ns, profile.return_ns
+        self.intake_ns = profile.intake_ns
         self.notes: list[str] = []
         self._given = partial(Profiled, profile=profile, shape=shape, gpu=gpu, parallel=parallel, constants=constants)
         self._roofline = RooflineParts(profile, shape, gpu, parallel, constants)

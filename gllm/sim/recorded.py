@@ -176,7 +176,7 @@ class CheckedLog(DecisionLog):
 class _NoCost:
     """A cost model of one stage that takes no time: results have times of their own."""
 
-    num_stages, host_ns, return_ns, clock = 1, 0, 0, None
+    num_stages, intake_ns, host_ns, return_ns, clock = 1, 0, 0, 0, None
 
     def __init__(self, watch: Callable[[Plan], object] | None) -> None:
         self._watch = watch

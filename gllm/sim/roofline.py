@@ -184,6 +184,7 @@ class Roofline:
         parallel.check(shape)
         self.num_stages, self.host_ns, self.return_ns = parallel.pp, constants.host_ns, constants.return_ns
         self.clock = None  # a data sheet does not say how it follows what is computed
+        self.intake_ns = constants.intake_ns
         self._constants, self._rank = constants, _Rank(shape, gpu, parallel, constants)
         stages = parallel.stages(shape)
         self._kinds = tuple(dict.fromkeys(stages))  # equal stages cost the same; the last stage is the last kind

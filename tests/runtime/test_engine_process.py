@@ -5,10 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from array import array
+from types import SimpleNamespace
 
 import pytest
 import zmq
 
+from gllm.runtime import client
 from gllm.runtime.channels import Addresses, socket
 from gllm.runtime.config import RuntimeConfig
 from gllm.runtime.default_model import PATH
@@ -114,3 +116,21 @@ def test_a_step_that_comes_back_with_the_order_to_end_is_part_of_the_record(serv
     assert record.columns is not None
     thread.join(PATIENCE_S)
     assert not thread.is_alive()
+
+
+@pytest.mark.parametrize("timeout_s", [0.0, 0.0004, 0.002, 0.0107, 0.35])
+def test_a_time_out_is_kept_though_a_poll_is_late(timeout_s, monkeypatch):
+    now_s = [100.0]
+
+    def sleep(seconds):
+        now_s[0] += seconds
+
+    def poll(left_ms):
+        sleep(left_ms / 1000 + 0.0013 * (left_ms > 0) + 1e-6)
+        return False
+
+    monkeypatch.setattr(client, "time", SimpleNamespace(monotonic=lambda: now_s[0], sleep=sleep))
+    waiting = object.__new__(client.EngineClient)
+    waiting._engine, waiting._notices = SimpleNamespace(poll=lambda: None), SimpleNamespace(poll=poll)
+    assert waiting.receive(timeout_s) is None
+    assert timeout_s <= now_s[0] - 100.0 <= timeout_s + 0.0001

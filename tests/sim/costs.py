@@ -20,6 +20,7 @@ class FixedCost:
     token_ns: int = 0
     hop_ns: int = 0
     between_ns: int = 0
+    intake_ns: int = 0
     host_ns: int = 0
     return_ns: int = 0
 

@@ -72,3 +72,17 @@ def test_there_are_as_many_gaps_as_tokens_after_the_first(policy, ahead):
     served = record.requests["num_output_tokens"] > 0
     assert shared.sum() + len(record.gaps) == (record.requests["num_output_tokens"][served] - 1).sum()
     assert summarize(record, slo_ttft_s=None, slo_tpot_s=None)["num_finished"] == served.sum()
+
+
+@pytest.mark.parametrize("policy", POLICY_SPECS)
+def test_the_engine_knows_of_requests_so_much_later(policy):
+    options = {"policy": policy, "block_size": 4, "num_blocks": 120, "max_num_seqs": 16, "max_in_flight": 2}
+    times = {"num_stages": 2, "batch_ns": 7, "token_ns": 1, "host_ns": 3, "return_ns": 2}
+    at_once, later = (
+        Played(tied_traffic(60), cost=FixedCost(**times, intake_ns=intake_ns), **options).run()
+        for intake_ns in (0, 500)
+    )
+    assert (later.requests["arrival_ns"] == at_once.requests["arrival_ns"]).all()
+    served = at_once.requests["num_output_tokens"] > 0
+    for name in ("scheduled_ns", "first_token_ns", "finish_ns"):
+        assert (later.requests[name][served] == at_once.requests[name][served] + 500).all(), name

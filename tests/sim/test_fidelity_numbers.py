@@ -54,6 +54,7 @@ class Slower:
     def __init__(self, cost, times=2):
         self._cost, self._times = cost, times
         self.num_stages, self.host_ns, self.return_ns = cost.num_stages, times * cost.host_ns, times * cost.return_ns
+        self.intake_ns = times * cost.intake_ns
 
     def stage_ns(self, work):
         return [self._times * time for time in self._cost.stage_ns(work)]
@@ -170,6 +171,7 @@ def test_stage_errors_add_up_by_kind(spread_out, tmp_path):
 
 def test_the_gap_before_a_step_is_no_part_of_its_stamps(spread_out, tmp_path):
     cost = FixedCost(num_stages=2, batch_ns=1_000_000, hop_ns=9, host_ns=70_000, return_ns=30_000, between_ns=50_000)
+    cost = replace(cost, intake_ns=20_000)
     (run,) = read_runs([str(spread_out[0])])
     made = replace(run_free(run, cost, tmp_path / LOG_NAME), mode="measured")
     assert np.unique(made.stage_end_ns - made.stage_start_ns).tolist() == [1_000_000]
@@ -181,6 +183,7 @@ def test_the_gap_before_a_step_is_no_part_of_its_stamps(spread_out, tmp_path):
     assert set(found.stages[0].components_s) == {"gemm"}
     waits = {row.name: (row.measured_ns, row.predicted_ns) for row in found.waits if row.num_samples}
     assert waits == {
+        "intake": (20_000, 20_000),
         "transfer": (9, 9),
         "dispatch": (70_000, 70_000),
         "return": (30_000, 30_000),
@@ -507,6 +510,7 @@ def test_host_times_are_taken_where_they_show_by_themselves():
         predictions.watch(SimpleNamespace(depends_on=-1, **asdict(work)))
     found = {row.name: (row.num_samples, row.measured_ns, row.predicted_ns) for row in wait_errors(predictions, made)}
     assert found == {
+        "intake": (0, None, None),
         "dispatch": (3, 2_000_000, 40),
         "return": (2, 1_500_000, 30),
         "gap before decodes": (1, 500_000, 0),

@@ -36,7 +36,7 @@ class Machine:
         self._numbers = count() if by_step else repeat(0)
         self.num_stages, self.host_ns, self.return_ns = cost.num_stages, cost.host_ns, cost.return_ns
         self.transfer_ns, self.gap_ns = cost.transfer_ns, cost.gap_ns
-        self.clock, self.load = cost.clock, cost.load
+        self.clock, self.load, self.intake_ns = cost.clock, cost.load, cost.intake_ns
 
     def stage_ns(self, work):
         n = work.num_decode_tokens

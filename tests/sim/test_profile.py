@@ -281,3 +281,9 @@ def test_constants_and_a_profile_do_not_go_together(capsys, tmp_path):
     status, _, err = call(capsys, "replay", *RUN, "--profile", written(tmp_path), "--cost", "host_ns=5")
     assert status == 2
     assert "--cost sets the roofline's constants" in err
+
+
+def test_a_requests_way_to_its_engine_is_read_where_it_was_measured(tmp_path):
+    assert profile(tmp_path).intake_ns == 0
+    host = {"dispatch_ns": 1, "return_ns": 2, "intake_ns": 3}
+    assert profile(tmp_path, contents(host=host)).intake_ns == 3

@@ -87,9 +87,11 @@ def _aside(out: str | None) -> Iterator[Path]:
 
 def _measured(args: Namespace, config: RuntimeConfig, model: ModelConfig) -> Profile:
     """The whole file."""
-    from gllm.runtime.profile.profiler import take_profile  # noqa: PLC0415 - --help must not wait for it, nor mistakes
+    from gllm.runtime.profile.host import measure_intake  # noqa: PLC0415 - --help must not wait for it, nor mistakes
+    from gllm.runtime.profile.profiler import take_profile  # noqa: PLC0415
 
     start_s = time.monotonic()
+    intake_ns = measure_intake()
     with started_workers(config) as workers:
         limits, device = workers.load(tell_seldom(quiet=args.quiet))
         tables = take_profile(
@@ -97,6 +99,7 @@ def _measured(args: Namespace, config: RuntimeConfig, model: ModelConfig) -> Pro
             room(config, model.shape, limits, device),
             policy=config.policy,
             vocab_size=model.shape.vocab_size,
+            intake_ns=intake_ns,
             on_gpu=device != "cpu",
             quick=args.quick,
             quiet=args.quiet,
@@ -210,7 +213,7 @@ def gist(found: Profile) -> list[tuple[str, int]]:
     rows = [_nearest(found, *point) for point in wanted]
     gap, host = found["gap"], found["host"]
     rows += [("gap of decode steps", gap["decode_ns"]), ("gap of others", gap["chunked_ns"])]
-    rows += [("dispatch", host["dispatch_ns"]), ("return", host["return_ns"])]
+    rows += [(name, host[f"{name}_ns"]) for name in ("intake", "dispatch", "return")]
     return list(dict.fromkeys(rows))
 
 

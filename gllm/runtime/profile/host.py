@@ -1,15 +1,19 @@
-"""What the engine itself takes, on either side of the workers: its true loop over them, one request at a time."""
+"""What stands before and behind the workers: the way of a request to its engine, and the engine's own loop."""
 
 from __future__ import annotations
 
 import random
+import time
 from statistics import median_low
 from typing import TYPE_CHECKING, NamedTuple
 
 from gllm.policy import parse_policy
+from gllm.runtime.client import EngineClient
+from gllm.runtime.config import RuntimeConfig
+from gllm.runtime.default_model import PATH
 from gllm.runtime.engine.loop import EngineLoop
 from gllm.runtime.engine.recording import Recording, unpack
-from gllm.runtime.messages import NewRequest, Submit
+from gllm.runtime.messages import NewRequest, Progress, Submit
 from gllm.runtime.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -18,6 +22,7 @@ if TYPE_CHECKING:
 
     from gllm.core import Limits
     from gllm.runtime.engine.loop import Workers as StepWorkers
+    from gllm.runtime.messages import Notice
 
     class Workers(StepWorkers, Protocol):
         """Who computes."""
@@ -28,6 +33,7 @@ if TYPE_CHECKING:
 
 _NUM_REQUESTS = 20
 _NUM_TOKENS = 20  # of a prompt, and of its answer
+_PROMPT, _PAUSE_S = 1000, 0.01  # of requests on their way to an engine, and between them
 
 
 class HostTimes(NamedTuple):
@@ -35,6 +41,32 @@ class HostTimes(NamedTuple):
 
     dispatch_ns: int  # from the engine's decision to the start of a first stage that idles
     return_ns: int  # from the last stage's end until the engine takes the turn with the tokens
+
+
+def measure_intake() -> int:
+    """From a request's arrival at a front end to the turn in which an idle engine takes it, ns.
+
+    The engine is one of its own, with gLLM's small model on the CPU: what the way takes depends on no model.
+    """
+    with EngineClient(RuntimeConfig(model=str(PATH), device="cpu", record="")) as client:
+        client.wait_until_ready()
+        length = min(_PROMPT, client.ready.max_model_len - 1)
+        for key in range(_NUM_REQUESTS):
+            tokens = [(key * length + place) % client.model.shape.vocab_size for place in range(length)]
+            params = SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=1, detokenize=False)
+            client.submit([NewRequest(key, tokens, params, seed=key, arrival_ns=time.monotonic_ns())])
+            while not _is_answered(client.receive(None)):
+                pass
+            time.sleep(_PAUSE_S)
+        columns = client.finish()
+    assert columns is not None, "the engine keeps a record"
+    requests = unpack(columns, {}).requests
+    ways_ns: list[int] = (requests["scheduled_ns"] - requests["arrival_ns"]).tolist()
+    return max(0, median_low(ways_ns))
+
+
+def _is_answered(notice: Notice | None) -> bool:
+    return isinstance(notice, Progress) and any(delta.finish_reason is not None for delta in notice.deltas)
 
 
 def measure_host(workers: Workers, policy: str, limits: Limits, vocab_size: int) -> tuple[HostTimes, int]:

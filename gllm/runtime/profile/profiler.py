@@ -26,7 +26,15 @@ _REST_S = 0.5  # after that
 
 
 def take_profile(
-    workers: Workers, room: Room, *, policy: str, vocab_size: int, on_gpu: bool, quick: bool, quiet: bool
+    workers: Workers,
+    room: Room,
+    *,
+    policy: str,
+    vocab_size: int,
+    intake_ns: int,
+    on_gpu: bool,
+    quick: bool,
+    quiet: bool,
 ) -> dict[str, Any]:
     """All that is measured.
 
@@ -35,6 +43,7 @@ def take_profile(
         room: for steps.
         policy: of the engine.
         vocab_size: of the model.
+        intake_ns: a request's way to an engine, measured before.
         on_gpu: its clock depends on what it draws, so first compute keys and values into every block, for that depends
             on the numbers that it moves; let it rest before large steps; and measure what those in a row do to it.
         quick: few points.
@@ -48,7 +57,7 @@ def take_profile(
     host, num_plans = measure_host(workers, policy, room.limits, vocab_size)
     maker = StepMaker(room.limits, vocab_size, max_tokens=grid.room.max_tokens, first_plan=num_plans)
     tables = measure_tables(workers, grid, maker, on_gpu=on_gpu, quiet=quiet)
-    return {**tables, "host": host._asdict()}
+    return {**tables, "host": {"intake_ns": intake_ns, **host._asdict()}}
 
 
 def measure_tables(

@@ -45,7 +45,7 @@ def run_free(run: RecordedRun, cost: CostModel, log_path: Path | None = None) ->
     recorder = Recorder(cost.num_stages)
     start = perf_counter()
     with nullcontext() if log_path is None else DecisionLog(log_path) as log:
-        Simulation(engine, recording.arrivals, cost, recorder, log, script=Clients(recording)).run()
+        Simulation(engine, recording.arrivals, cost, recorder, log, script=Clients(recording, cost.intake_ns)).run()
     return recorder.record(
         config=run.record.config,
         mode="simulated",
@@ -64,9 +64,10 @@ def free_summary(run: RecordedRun, cost: CostModel) -> dict[str, Any]:
 class Clients:
     """The driver's `Script` of what clients did: when requests came and which were aborted."""
 
-    def __init__(self, recording: Recording) -> None:
+    def __init__(self, recording: Recording, intake_ns: int) -> None:
         # A request may have been told after one that came later: ids are in the order of being told.
-        self._due_ns = list(accumulate((arrival.request.arrival_ns for arrival in recording.arrivals), max))
+        asked_ns = accumulate((arrival.request.arrival_ns for arrival in recording.arrivals), max)
+        self._due_ns = [time_ns + intake_ns for time_ns in asked_ns]
         self._moments = recording.moments
 
     @property
@@ -75,7 +76,7 @@ class Clients:
         return ((moment.now_ns, moment.aborted) for moment in self._moments if moment.aborted)
 
     def due_ns(self, arrival: Arrival) -> int:
-        """When the client asked."""
+        """When the client asked, and what that takes to the engine."""
         return self._due_ns[arrival.request.id]
 
     def amend(self, plan: int, stopped: list[Stopped]) -> None:

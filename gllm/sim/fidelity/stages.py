@@ -4,6 +4,7 @@ The recorded plans are planned again by a simulation on recorded times, which sh
 times are from start to end as the workers stamped them. Where stages have clocks, what a micro-batch is predicted to
 take depends on when those before it were computed: for that, too, stamps are taken.
 
+    intake      a request's arrival to the engine's turn with it, where no result brought the turn about
     transfer    a stage's end to the next one's start, where that had nothing to do when the data left
     dispatch    the engine's decision to the start of stage 0, where all results were back
     return      the last stage's end to the engine's turn, where no other micro-batch was on the road
@@ -185,9 +186,10 @@ def _stage_error(
 
 
 def wait_errors(predictions: Predictions, record: RunRecord) -> list[WaitError]:
-    """Transfer (of several stages), dispatch, return and gap."""
+    """Intake, transfer (of several stages), dispatch, return and gap."""
     size = min(predictions.num_plans, record.batches.size)
     return [
+        _intake(predictions, record),
         *_transfers(predictions, record, size),
         *_host(predictions, record, size),
         *_gaps(predictions, record, size),
@@ -201,6 +203,14 @@ def _transfers(predictions: Predictions, record: RunRecord, size: int) -> Iterat
     waited = np.append(np.ones_like(end[:1, 1:], dtype=bool), end[:-1, 1:] <= end[1:, :-1], axis=0)
     predicted = np.array(predictions.transfer_ns[:size])[:, None].repeat(start.shape[1] - 1, axis=1)
     yield _median("transfer", (start[:, 1:] - end[:, :-1])[waited], predicted[waited])
+
+
+def _intake(predictions: Predictions, record: RunRecord) -> WaitError:
+    """Who comes while the pipeline has room is scheduled in a turn of its own."""
+    scheduled_ns = record.requests["scheduled_ns"]
+    is_own = (scheduled_ns >= 0) & ~np.isin(scheduled_ns, record.done_ns)
+    waited = (scheduled_ns - record.requests["arrival_ns"])[is_own]
+    return _median("intake", waited, np.full(waited.size, predictions.cost.intake_ns))
 
 
 def _host(predictions: Predictions, record: RunRecord, size: int) -> Iterator[WaitError]:
