@@ -590,7 +590,7 @@ def test_real_workers(pp, options, max_tokens, folder, tmp_path):
     assert str(folder) not in out.read_text()
     assert_whole(found, pp, max_tokens)
     assert read_profile(out).parallel.pp == pp
-    assert len(gist(found)) == 8
+    assert len(gist(found)) == 9
 
 
 def assert_whole(found, pp, max_tokens):
