@@ -438,9 +438,9 @@ def test_a_gpus_cache_is_filled_first():
 class ClockedWorkers(FakeWorkers):
     """Stages whose clocks follow what they compute; they rest while the session does."""
 
-    def __init__(self, room, clock):
+    def __init__(self, room, clock, *, slower=1):
         super().__init__(room)
-        self.clock, self.stage, self.last_ns = clock, StageClock(clock), 0
+        self.clock, self.stage, self.last_ns, self.slower = clock, StageClock(clock), 0, slower
 
     def rest(self, seconds):
         self.now_ns += int(seconds * 1e9)
@@ -452,14 +452,15 @@ class ClockedWorkers(FakeWorkers):
         base = layers - attention - prefill
         drawn = min(base, 20_000 * mix.num_tokens) + prefill + self.clock.attention * attention
         idle_ns, depth = max(0, self.now_ns - self.last_ns), self.limits.depth
-        took = self.stage.step(idle_ns, layers // depth, (layers - attention) / depth, drawn / layers) * depth
+        rested_ns, stretched_ns = layers * self.slower // depth, (layers - attention) * self.slower / depth
+        took = self.stage.step(idle_ns, rested_ns, stretched_ns, drawn / layers) * depth
         self.last_ns = max(self.now_ns, self.last_ns) + took // depth + head + gap
         return took, head, gap
 
 
-def clocked(where, clock, monkeypatch, *, quick=False):
+def clocked(where, clock, monkeypatch, *, quick=False, slower=1):
     """Tables of workers with a clock."""
-    grid, workers = make_grid(where, quick=quick), ClockedWorkers(where, clock)
+    grid, workers = make_grid(where, quick=quick), ClockedWorkers(where, clock, slower=slower)
     monkeypatch.setattr(Session, "rest", lambda _, seconds: workers.rest(seconds))
     maker = StepMaker(where.limits, VOCAB_SIZE, max_tokens=grid.room.max_tokens, first_plan=FIRST_PLAN)
     return json.loads(json.dumps(profiler.measure_tables(workers, grid, maker, on_gpu=True)))
@@ -499,6 +500,15 @@ def test_tables_are_those_of_a_gpu_that_is_rested(depth, monkeypatch):
     for ours, theirs in zip(found["checks"], rested["checks"], strict=True):
         assert sum(ours["stage_ns"]) == pytest.approx(sum(theirs["stage_ns"]), rel=0.02)
     assert found["gap"] == rested["gap"]
+
+
+def test_long_steps_hold_their_own_heat_and_no_one_elses(monkeypatch):
+    """A single step of a large model takes as long as a GPU keeps its clock, and longer."""
+    where, clock = room(max_tokens=2200, max_num_seqs=100, num_blocks=8000), replace(CLOCK, tau_ns=40_000_000)
+    found = clocked(where, clock, monkeypatch, quick=True, slower=16)
+    assert found["clock"]["slowdown"] == pytest.approx(clock.slowdown, rel=0.2)
+    rested = measured(where, quick=True)[1]["tokens"]["ns"]
+    assert found["tokens"]["ns"] == pytest.approx([16 * time_ns for time_ns in rested], rel=0.03)
 
 
 def test_without_a_slowdown_there_is_no_clock(monkeypatch):

@@ -7,6 +7,7 @@ GPU, then few decodes, which it cools down with; and many decodes with long cont
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -32,6 +33,9 @@ _FEW, _MANY, _CONTEXT = 16, 256, 1024  # decodes
 _HEATING_NS, _COOLING_NS = 350_000_000, 150_000_000
 _REST_S = 0.3
 _NUM_ROUNDS = 2
+_NUM_FITS = 7
+"""After the first; each takes off rested times the heat that by the clock before is in them: long steps have a lot."""
+
 _LEAST = 0.01
 """A smaller slowdown is as good as none: repetitions are no closer to each other."""
 
@@ -61,10 +65,21 @@ class Step:
     counts: bool  # for the fit, or only for the power that it drew
 
 
+class _Played(NamedTuple):
+    """A `Step` as it was measured: it had so many tokens of `mix`, or prepared them where it does not count."""
+
+    mix: Mix
+    num_tokens: int
+    idle_ns: int
+    took_ns: float
+    counts: bool
+
+
 class Clocked(NamedTuple):
     """What a profile has of its clock."""
 
     clock: GpuClock
+    times: Mapping[Mix, Times]  # as if no step had heated the GPU while it was measured
     mean_error: float  # of the steps that it is fitted to
     mean_error_without: float  # if they took what they take after a rest
 
@@ -91,15 +106,20 @@ def measure_clock(session: Session, maker: StepMaker, grid: Grid, times: Mapping
         times: of its mixes, after a rest.
     """
     course = _Course(session, maker, grid, times)
-    series = [list(each) for _ in range(_NUM_ROUNDS) for each in course.all_series()]
-    clock = fit(series)
+    played = [list(each) for _ in range(_NUM_ROUNDS) for each in course.all_series()]
+    series = [_steps(each, grid, times) for each in played]
+    clock, rested = fit(series), times
     if clock is None:
         return None
+    for _ in range(_NUM_FITS):
+        rested = _without_own_heat(clock, grid, times)
+        series = [_steps(each, grid, rested) for each in played]
+        clock = fit(series) or clock
     without = replace(clock, slowdown=0.0)
-    return Clocked(clock, *(fmean(abs(error) for error in errors(each, series)) for each in (clock, without)))
+    return Clocked(clock, rested, *(fmean(map(abs, errors(each, series))) for each in (clock, without)))
 
 
-def without_own_heat(clock: GpuClock, grid: Grid, times: Mapping[Mix, Times]) -> dict[Mix, Times]:
+def _without_own_heat(clock: GpuClock, grid: Grid, times: Mapping[Mix, Times]) -> dict[Mix, Times]:
     """Times as if no step had heated the GPU while it was measured; it is long ones that do."""
     num_stages, best_rate = grid.room.limits.depth, _best_rate(grid, times)
 
@@ -115,6 +135,24 @@ def without_own_heat(clock: GpuClock, grid: Grid, times: Mapping[Mix, Times]) ->
     return {mix: cooled(mix, found) for mix, found in times.items()}
 
 
+def _steps(played: Sequence[_Played], grid: Grid, times: Mapping[Mix, Times]) -> list[Step]:
+    """What the fit has to know of steps, by what mixes take after a rest."""
+    num_stages, best_rate = grid.room.limits.depth, _best_rate(grid, times)
+
+    @cache
+    def kind(mix: Mix, num_tokens: int) -> Kind:
+        base = grid.base(num_tokens) if mix.chunks else grid.decode(num_tokens)
+        base_ns, layers_ns = (times[each].layers_ns / num_stages for each in (base, mix))
+        return Kind.of(num_tokens, min(base_ns, layers_ns), layers_ns, best_rate)
+
+    def step(one: _Played) -> Step:
+        num, took_ns = one.num_tokens, one.took_ns
+        what = kind(one.mix, num) if one.counts else Kind.of(num, took_ns, took_ns, best_rate)
+        return Step(what, one.idle_ns, took_ns, one.counts)
+
+    return [step(one) for one in played]
+
+
 def _best_rate(grid: Grid, times: Mapping[Mix, Times]) -> float:
     """Tokens by ns of a stage."""
     return max(num / times[grid.base(num)].layers_ns for num in grid.tokens) * grid.room.limits.depth
@@ -125,10 +163,8 @@ class _Course:
 
     def __init__(self, session: Session, maker: StepMaker, grid: Grid, times: Mapping[Mix, Times]) -> None:
         self._session, self._maker, self._grid, self._times = session, maker, grid, times
-        self._num_stages = grid.room.limits.depth
-        self._best_rate = _best_rate(grid, times)
 
-    def all_series(self) -> Iterator[Iterator[Step]]:
+    def all_series(self) -> Iterator[Iterator[_Played]]:
         """Prompts of several sizes, each then with decodes that cool down; then many decodes."""
         grid = self._grid
         few = next((num for num in grid.decode_batches if num >= _FEW), grid.decode_batches[-1])
@@ -141,27 +177,20 @@ class _Course:
         if many:
             yield self._series([(grid.attending(many, context), many, _HEATING_NS)])
 
-    def _series(self, parts: Sequence[tuple[Mix, int, int]]) -> Iterator[Step]:
+    def _series(self, parts: Sequence[tuple[Mix, int, int]]) -> Iterator[_Played]:
         """So long of each mix, which has so many tokens, after a rest."""
         self._session.rest(_REST_S)
         last_ns: int | None = None
         for mix, num_tokens, for_ns in parts:
-            kind, first_ns = self._kind(mix, num_tokens), None
+            first_ns = None
             while first_ns is None or last_ns is None or last_ns < first_ns + for_ns:
                 before, steps = self._maker.make(mix, MAX_REPEATS)
                 for number, stamps in enumerate(self._session.run([*before, *steps])):
-                    counts = number >= len(before)
-                    took_ns = sum(stage.head_ns - stage.start_ns for stage in stamps) / self._num_stages
-                    what = kind if counts else Kind.of(num_tokens, took_ns, took_ns, self._best_rate)
+                    took_ns = sum(stage.head_ns - stage.start_ns for stage in stamps) / len(stamps)
                     idle_ns = 0 if last_ns is None else max(0, stamps[0].start_ns - last_ns)
-                    yield Step(what, idle_ns, took_ns, counts)
+                    yield _Played(mix, num_tokens, idle_ns, took_ns, number >= len(before))
                     # The first stage is looked at: its next step needs no other's.
                     last_ns, first_ns = stamps[0].end_ns, stamps[0].start_ns if first_ns is None else first_ns
-
-    def _kind(self, mix: Mix, num_tokens: int) -> Kind:
-        base = self._grid.base(num_tokens) if mix.chunks else self._grid.decode(num_tokens)
-        base_ns, layers_ns = (self._times[each].layers_ns / self._num_stages for each in (base, mix))
-        return Kind.of(num_tokens, min(base_ns, layers_ns), layers_ns, self._best_rate)
 
 
 def fit(series: Sequence[Sequence[Step]]) -> GpuClock | None:

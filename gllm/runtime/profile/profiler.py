@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 from gllm.console.progress import show_progress
-from gllm.runtime.profile.clock import measure_clock, without_own_heat
+from gllm.runtime.profile.clock import measure_clock
 from gllm.runtime.profile.grids import make_grid
 from gllm.runtime.profile.host import measure_host
 from gllm.runtime.profile.measure import measure
@@ -84,8 +84,7 @@ def measure_tables(
     clocked = measure_clock(session, maker, grid, times) if on_gpu else None
     if clocked is None:
         return {**make_tables(grid, times, transfer_ns), "clock": None}
-    times = without_own_heat(clocked.clock, grid, times)
-    return {**make_tables(grid, times, transfer_ns), "clock": clocked.part()}
+    return {**make_tables(grid, clocked.times, transfer_ns), "clock": clocked.part()}
 
 
 def fill(session: Session, maker: StepMaker, room: Room) -> None:
