@@ -76,7 +76,7 @@ def patterns() -> list[Pattern]:
     in_a_row = [Pattern([(kind, MAX_REPEATS)]) for kind in kinds() if kind != FEW]
     cooling = [Pattern([(f"{num} tokens", 25 * 1024 // num), (FEW, 45)], 2.0) for num in (512, 1024, 2048)]
     others = (f"64 decodes of {LONG}", f"256 decodes of {SHORT}", MANY, "128 tokens", "256 tokens", "512 tokens")
-    cooling += [Pattern([("2048 tokens", 12), (kind, 18)], 2.0) for kind in others]
+    cooling += [Pattern([("2048 tokens", 12), (kind, 27)], 2.0) for kind in others]
     pairs = ((256, 1), (256, 3), (512, 2), (512, 5), (1024, 2), (1024, 5), (2048, 5), (2048, 10), (2048, 20))
     among = [Pattern([(FEW, times), (f"{num} tokens", 1)]) for num, times in pairs]
     among += [Pattern([(MANY, times), (f"{num} tokens", 1)]) for num, times in ((512, 1), (1024, 1), (2048, 2))]
@@ -105,6 +105,7 @@ def measure(folder: Path) -> dict[str, Any]:
         mixes = {name: mix for name, mix in kinds().items() if grid.room.fits(mix)}
         found: dict[str, Any] = {"gpu": device, "kinds": {}, "patterns": []}
         for name, mix in mixes.items():
+            session.rest(REST_S)  # small steps do not by themselves
             alone = replace(mix, contexts=()) if mix.chunks else decodes(len(mix.contexts), SHORT)
             layers_ns, base_ns = (measure_mix(session, maker, each, rests=True).layers_ns for each in (mix, alone))
             if mix.chunks and mix.contexts:  # its base has as many tokens, not only those of its chunks
@@ -255,7 +256,7 @@ def read(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ValueError(f"--read {path}: {error}; give a file that this script has written") from None
-    if not isinstance(found, dict) or not {"kinds", "patterns"} <= found.keys():
+    if not isinstance(found, dict) or not {"model", "gpu", "kinds", "patterns"} <= found.keys():
         raise ValueError(f"--read {path}: has no patterns; give a file that this script has written")
     return found
 

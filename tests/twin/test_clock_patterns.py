@@ -49,7 +49,12 @@ def test_a_picture_and_no_gpu(tmp_path, capsys, monkeypatch):
     assert "by the fitted clock" in picture.read_text(encoding="utf-8") or picture.stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("text", ["", "[]", json.dumps({"kinds": {}})])
+@pytest.mark.parametrize("drawn", script.DRAWN)
+def test_what_is_drawn_is_played(drawn):
+    assert any(pattern.name.startswith(drawn) for pattern in script.patterns())
+
+
+@pytest.mark.parametrize("text", ["", "[]", json.dumps({"kinds": {}}), json.dumps({"kinds": {}, "patterns": []})])
 def test_what_is_no_such_file_is_refused_in_a_line(text, tmp_path, capsys, monkeypatch):
     path = tmp_path / "other.json"
     path.write_text(text)
