@@ -113,7 +113,7 @@ class Profiled:
         self._alone_and_each_ns = cache(lambda num_tokens: two_times(one.slice(num_tokens), each.slice(num_tokens)))
         self._decode = cache(self._decode_step)
         # Both products and what a step takes grow with the model: their rate, by the best one, is one of tokens.
-        self._best_rate = max(num / ns for num, ns in zip(*profile.tokens, strict=True) if ns) if self.clock else 0.0
+        self._best_rate = max((num / ns for num, ns in zip(*profile.tokens, strict=True) if ns), default=1.0)
         self._base_power = cache(partial(self._power, profile.token_graph_sizes, self._tokens_ns))
         self._decode_power = cache(partial(self._power, profile.graph_sizes, self._decode_ns))
 
@@ -213,7 +213,7 @@ class Profiled:
             stretched.append(stretched_ns * num_layers / all_layers)
         times[-1] += head_ns
         drawn = base_ns * power + prefill_ns + decode_ns * clock.attention
-        return Load(times, stretched, drawn / layers_ns if layers_ns > 0 else 0.0)
+        return Load(times, stretched, min(drawn / layers_ns, 1.0) if layers_ns > 0 else 0.0)  # parts may be below 0
 
     def _power(self, sizes: Sequence[int], base_ns: Callable[[int], float], num: int) -> float:
         """Of a step's base: the rate of its tokens, those of its padding too, by the best rate."""

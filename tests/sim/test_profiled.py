@@ -524,6 +524,14 @@ def test_another_gpu_is_taken_to_have_the_same_clock(folder, gpu):
     assert theirs.load(work).power == pytest.approx(ours.load(work).power, rel=0.05)
 
 
+def test_tables_without_times_are_no_error(folder):
+    """As those of docs/profile.md, which are all zeros."""
+    points = profiles.TOKENS
+    cost = model(folder, contents(clock=CLOCK, tokens={"tokens": points, "ns": [0] * len(points)}))
+    for work in WORKS:
+        assert 0.0 <= cost.load(work).power <= 1.0
+
+
 def test_checks_are_rested(tmp_path):
     assert residuals(profile(tmp_path, contents(clock=CLOCK))) == residuals(profile(tmp_path))
 
