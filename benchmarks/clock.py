@@ -258,6 +258,10 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"--read {path}: {error}; give a file that this script has written") from None
     if not isinstance(found, dict) or not {"model", "gpu", "kinds", "patterns"} <= found.keys():
         raise ValueError(f"--read {path}: has no patterns; give a file that this script has written")
+    try:
+        series_of(found)
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+        raise ValueError(f"--read {path}: {error!r} in it; give a file that this script has written") from None
     return found
 
 

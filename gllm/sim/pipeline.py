@@ -170,7 +170,7 @@ class ClockedPipeline(RecurrencePipeline):
         time = first_ns
         for stage, (clock, end) in enumerate(zip(self._clocks, self._ends, strict=True)):
             start = max(time, end + gap_ns)
-            cost = clock.step(start - end - gap_ns, times_ns[stage], load.stretched_ns[stage], power)
+            cost = clock.step(start - end, times_ns[stage], load.stretched_ns[stage], power)
             times_ns[stage] = cost
             time = start + cost + transfer_ns
         return super().submit(first_ns, times_ns, transfer_ns, gap_ns, return_ns, -1, None)
@@ -230,7 +230,7 @@ class ProcessPipeline:
             yield env.timeout(max(0, arrival - env.now, end + job.gap_ns - env.now))
             if self._clocks is not None and job.load is not None:
                 times_ns, stretched_ns, power = job.load
-                idle_ns = int(env.now) - end - job.gap_ns
+                idle_ns = int(env.now) - end
                 times_ns[stage] = self._clocks[stage].step(idle_ns, times_ns[stage], stretched_ns[stage], power)
             yield env.timeout(job.costs_ns[stage])
             end = int(env.now)

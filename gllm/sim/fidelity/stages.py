@@ -87,9 +87,9 @@ class Predictions:
             return found
         for stage in range(found.shape[1]):
             clock, last_ns = StageClock(self.cost.clock), start_ns[:1, stage].sum()
-            for number, (load, gap_ns) in enumerate(zip(self._loads[: len(found)], self.gap_ns, strict=False)):
+            for number, load in enumerate(self._loads[: len(found)]):
                 assert load is not None
-                rested_ns, idle_ns = load.stage_ns[stage], int(start_ns[number, stage] - last_ns) - gap_ns
+                rested_ns, idle_ns = load.stage_ns[stage], int(start_ns[number, stage] - last_ns)
                 took_ns = clock.step(idle_ns, rested_ns, load.stretched_ns[stage], load.power)
                 found[number, stage], last_ns = took_ns - rested_ns, end_ns[number, stage]
         return found
