@@ -182,38 +182,36 @@ class Profiled:
 
     def stage_ns(self, work: Work) -> list[int]:
         """How long each stage computes."""
-        if work.num_prefill_tokens:
-            base_ns, decode_ns, prefill_ns, head_ns = self._chunked_parts(work)
-            layers_ns = fsum((base_ns, decode_ns, prefill_ns))
-        else:
-            base_ns, attention_ns, head_ns = self._decode(work.num_decode_tokens)
-            layers_ns = base_ns + attention_ns(work.decode_context)
-        all_layers = self._all_layers
-        times = [int(layers_ns * num_layers / all_layers) for num_layers in self._num_layers]
-        times[-1] += head_ns
-        return times
+        base_ns, decode_ns, prefill_ns, head_ns = self._parts(work)
+        return self._by_stage(fsum((base_ns, decode_ns, prefill_ns)), head_ns)
 
     def load(self, work: Work) -> Load | None:
         """`stage_ns` and what the clock has to know of it; None without a clock."""
         clock = self.clock
         if clock is None:
             return None
-        if work.num_prefill_tokens:
-            base_ns, decode_ns, prefill_ns, head_ns = self._chunked_parts(work)
-            power = self._base_power(work.num_prefill_tokens + work.num_decode_tokens)
-        else:
-            base_ns, attention_ns, head_ns = self._decode(work.num_decode_tokens)
-            decode_ns, prefill_ns = attention_ns(work.decode_context), 0.0
-            power = self._decode_power(work.num_decode_tokens)
-        stretched_ns = base_ns + prefill_ns
-        layers_ns = stretched_ns + decode_ns
-        times, stretched, all_layers = [], [], self._all_layers
-        for num_layers in self._num_layers:
-            times.append(int(layers_ns * num_layers / all_layers))
-            stretched.append(stretched_ns * num_layers / all_layers)
+        base_ns, decode_ns, prefill_ns, head_ns = self._parts(work)
+        layers_ns, arithmetic_ns = fsum((base_ns, decode_ns, prefill_ns)), base_ns + prefill_ns
+        stretched_ns = [arithmetic_ns * num_layers / self._all_layers for num_layers in self._num_layers]
+        base_power = self._base_power if work.num_prefill_tokens else self._decode_power
+        drawn = base_ns * base_power(work.num_prefill_tokens + work.num_decode_tokens)
+        drawn += prefill_ns + decode_ns * clock.attention
+        power = min(drawn / layers_ns, 1.0) if layers_ns > 0 else 0.0  # parts may be below zero
+        return Load(self._by_stage(layers_ns, head_ns), stretched_ns, power)
+
+    def _by_stage(self, layers_ns: float, head_ns: int) -> list[int]:
+        """Of a step its stages, which have so many of the layers each, and the last one the head."""
+        all_layers = self._all_layers
+        times = [int(layers_ns * num_layers / all_layers) for num_layers in self._num_layers]
         times[-1] += head_ns
-        drawn = base_ns * power + prefill_ns + decode_ns * clock.attention
-        return Load(times, stretched, min(drawn / layers_ns, 1.0) if layers_ns > 0 else 0.0)  # parts may be below 0
+        return times
+
+    def _parts(self, work: Work) -> tuple[float, float, float, int]:
+        """Of all layers: what depends on the number of tokens alone, decodes, prefill attention; and the head."""
+        if work.num_prefill_tokens:
+            return self._chunked_parts(work)
+        base_ns, attention_ns, head_ns = self._decode(work.num_decode_tokens)
+        return base_ns, attention_ns(work.decode_context), 0.0, head_ns
 
     def _power(self, sizes: Sequence[int], base_ns: Callable[[int], float], num: int) -> float:
         """Of a step's base: the rate of its tokens, those of its padding too, by the best rate."""
@@ -252,12 +250,7 @@ class Profiled:
         `gemm` is the base, all that depends on the number of tokens alone: norms, all-reduces and kernel launches too.
         What decodes add to a step of chunks is `decode_attention`.
         """
-        if work.num_prefill_tokens:
-            base_ns, decode_ns, prefill_ns, head_ns = self._chunked_parts(work)
-        else:
-            step, prefill_ns = self._decode(work.num_decode_tokens), 0.0
-            base_ns, head_ns = step.base_ns, step.head_ns
-            decode_ns = step.attention_ns(work.decode_context)
+        base_ns, decode_ns, prefill_ns, head_ns = self._parts(work)
         layers = {"gemm": base_ns, "decode_attention": decode_ns, "prefill_attention": prefill_ns}
         shares = {
             name: [layers.get(name, 0.0) * num_layers / self._all_layers for num_layers in self._num_layers]
