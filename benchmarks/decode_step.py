@@ -95,7 +95,7 @@ class Batch:
     """Sequences that decode: makes their steps."""
 
     def __init__(self, size: int, context: int) -> None:
-        self._size, self._length, self._plan = size, context, 0
+        self.size, self._length, self._plan = size, context, 0
         self._slots = array("i", range(size)).tobytes()
         self._next_block = 0
 
@@ -103,18 +103,18 @@ class Batch:
         """The step that gives every sequence its context: its last token is computed, the rest lies there."""
         params = SamplingParams(temperature=0.6, ignore_eos=True)
         tokens = [7] * self._length
-        admissions = [Admission(slot, tokens, self._length, params, slot, []) for slot in range(self._size)]
+        admissions = [Admission(slot, tokens, self._length, params, slot, []) for slot in range(self.size)]
         num = -(-self._length // BLOCK_SIZE)
         last = self._length - 1
-        chunks = [ChunkWork(slot, last, 1, final=True, blocks=self._blocks(num)) for slot in range(self._size)]
+        chunks = [ChunkWork(slot, last, 1, final=True, blocks=self._blocks(num)) for slot in range(self.size)]
         return Step(0, admissions, chunks, 0, b"", [], -1)
 
     def step(self) -> Step:
         """One more token of each."""
         self._plan += 1
         self._length += 1
-        grown = [(slot, self._blocks(1)[0]) for slot in range(self._size)] if self._length % BLOCK_SIZE == 1 else []
-        return Step(self._plan, [], [], self._size, self._slots, grown, self._plan - 1)
+        grown = [(slot, self._blocks(1)[0]) for slot in range(self.size)] if self._length % BLOCK_SIZE == 1 else []
+        return Step(self._plan, [], [], self.size, self._slots, grown, self._plan - 1)
 
     def _blocks(self, num: int) -> list[int]:
         self._next_block += num

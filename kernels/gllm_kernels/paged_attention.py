@@ -113,18 +113,7 @@ def paged_attention(
         )
     else:
         out_THE = torch.empty_like(q_THE)
-    if num_decodes:
-        decode_attention(
-            q_THE[:num_decodes],
-            keys_NPKE,
-            values_NPKE,
-            kv_lens_S=kv_lens_S[:num_decodes],
-            block_tables_SB=block_tables_SB[:num_decodes],
-            plan=decode_plan or _plan(q_THE, keys_NPKE, kv_lens_S[:num_decodes]),
-            scale=scale,
-            out_SHE=out_THE[:num_decodes],
-        )
-    if backend == "triton" and has_chunks:
+    if backend == "triton" and has_chunks:  # first, while their keys are in the L2 cache, which decodes fill with others
         chunk_attention(
             q_THE,
             keys_NPKE,
@@ -135,6 +124,17 @@ def paged_attention(
             plan=chunk_plan or _plan_chunks(q_THE, keys_NPKE, query_starts, kv_lens_S, num_decodes),
             scale=scale,
             out_THE=out_THE,
+        )
+    if num_decodes:
+        decode_attention(
+            q_THE[:num_decodes],
+            keys_NPKE,
+            values_NPKE,
+            kv_lens_S=kv_lens_S[:num_decodes],
+            block_tables_SB=block_tables_SB[:num_decodes],
+            plan=decode_plan or _plan(q_THE, keys_NPKE, kv_lens_S[:num_decodes]),
+            scale=scale,
+            out_SHE=out_THE[:num_decodes],
         )
     return out_THE
 
