@@ -6,7 +6,11 @@ Chunks of all lengths share a step, so who gets what is told by a list, made onc
 Few blocks with many keys leave most of a GPU idle. Their keys are then cut into parts, as Flash-Decoding (Dao et al.,
 2023) does for single queries: each part is a program's work, and whoever comes last merges what all left in float32.
 Only tiles that all rows of a block see are dealt; the last part has those at the diagonal besides, so that no row finds
-a part empty. How far to cut is the least of a small table of costs; a GPU that whole blocks fill is given whole blocks.
+a part empty. Where whole blocks fill the GPU once or more often, those that are left over may be cut alone, so that the
+last wave is a short one. How far to cut is the least of a small table of costs.
+
+Blocks are listed in the order of chunks, a chunk's last rows, which see the most keys, first. A prompt that goes on
+comes before those that start in its step, as schedulers have it: so no long program starts when the others end.
 
 Shapes: S sequences, J entries of the list, K KV heads, C parts of cut blocks, F candidates of how far to cut.
 """
@@ -125,40 +129,69 @@ def plan_reference(
     contexts_S = torch.where(has_chunk_S, kv_lens_S, 0) - counts_S
     blocks_S = (counts_S * group_size + (rows - 1)) // rows
     owners = torch.repeat_interleave(blocks_S)
-    first_rows = (torch.arange(len(owners), device=owners.device) - (blocks_S.cumsum(0) - blocks_S)[owners]) * rows
-    # The last rows of a chunk see the most keys: they go first.
-    owners, first_rows = owners.flip(0), first_rows.flip(0)
+    listed = torch.arange(len(owners), device=owners.device)
+    first_rows = (blocks_S.cumsum(0)[owners] - 1 - listed) * rows
     tiles = (contexts_S[owners] + first_rows // group_size + 1) // tile
-    wanted = _divide_up(tiles, _quota(plan, blocks_S, contexts_S, counts_S)).clamp(min=1)
+    cut = _find_cut_reference(plan, blocks_S, contexts_S, counts_S)
+    wanted = _divide_up(tiles, cut.quota).clamp(min=1)
+    wanted = torch.where(listed < len(owners) - cut.num_left, wanted, cut.parts_of_left)
     in_scratch = wanted * (wanted > 1)
     places = in_scratch.cumsum(0) - in_scratch
     fits = places + in_scratch <= len(plan.counters_CK)
     num_parts = torch.where(fits, wanted, 1)
     of = torch.repeat_interleave(num_parts)
     part = torch.arange(len(of), device=of.device) - (num_parts.cumsum(0) - num_parts)[of]
-    listed = owners[of], first_rows[of], part, num_parts[of], (places * (num_parts > 1))[of]
+    entries = owners[of], first_rows[of], part, num_parts[of], (places * (num_parts > 1))[of]
     plan.entries_J5.fill_(-1)
-    plan.entries_J5[: len(of)] = torch.stack(listed, 1).int()
+    plan.entries_J5[: len(of)] = torch.stack(entries, 1).int()
     plan.counters_CK.zero_()
 
 
-def _quota(plan: ChunkPlan, blocks_S: Tensor, contexts_S: Tensor, counts_S: Tensor) -> int:
-    """The most tiles of a part, as `_find_quota` says."""
-    least, tile, num_kv_heads = plan.tuning.least_tiles, plan.tuning.tile, plan.counters_CK.shape[1]
-    most = int((contexts_S + counts_S).amax()) // tile
+class _Cut(NamedTuple):
+    """How far to cut."""
+
+    quota: int  # tiles of a part at most
+    num_left: int = 0  # blocks at the end of the list that are cut alone
+    parts_of_left: int = 1
+
+
+def _find_cut_reference(plan: ChunkPlan, blocks_S: Tensor, contexts_S: Tensor, counts_S: Tensor) -> _Cut:
+    """The cheapest way, as `_find_cut` says."""
+    least, tile, (num_places, num_kv_heads) = plan.tuning.least_tiles, plan.tuning.tile, plan.counters_CK.shape
+    width = num_multiprocessors(blocks_S.device)
+    most = max(int((contexts_S + counts_S).amax()) // tile, 1)
     if most < 2 * least:
-        return max(most, 1)
+        return _Cut(most)
+    shortest = int(contexts_S[blocks_S.nonzero()[-1]]) // tile + 1
     parts_F = torch.arange(1, MOST_PARTS + 1, device=blocks_S.device)
     quotas_F = _divide_up(most, parts_F).clamp(min=least)
     means_S = (2 * contexts_S + counts_S) // (2 * tile)
     parts_SF = _divide_up(means_S[:, None], quotas_F).clamp(min=1)
-    blocks_SF = blocks_S[:, None] * parts_SF
-    entries_F = blocks_SF.sum(0)
-    waves_F = _divide_up(entries_F * num_kv_heads, num_multiprocessors(blocks_S.device))
-    programs_F = waves_F * (4 * (blocks_S * means_S).sum() // entries_F + 4)
-    costs_F = torch.maximum(4 * quotas_F, programs_F) + (12 + 2 * parts_F) * (parts_F > 1)
-    fits_F = 2 * (blocks_SF * (parts_SF > 1)).sum(0) <= len(plan.counters_CK)
-    return int(quotas_F[torch.where(fits_F, costs_F * MOST_PARTS + parts_F, 2**31).argmin()])
+    entries_F = (blocks_S[:, None] * parts_SF).sum(0)
+    stored_F = (blocks_S[:, None] * parts_SF * (parts_SF > 1)).sum(0)
+    work, merging_F = 4 * (blocks_S * means_S).sum(), 12 + 2 * parts_F
+
+    def ends(entries: Tensor, stored: Tensor, in_last: Tensor, last: Tensor) -> Tensor:
+        idle = _divide_up(in_last * num_kv_heads, width) * width - in_last * num_kv_heads
+        return (work + 4 * entries + 4 * stored) * num_kv_heads // width + last * idle // width
+
+    last_F = 4 * quotas_F.clamp(max=shortest) + 4
+    costs_F = torch.maximum(4 * quotas_F + 4, ends(entries_F, stored_F, entries_F, last_F))
+    costs_F += merging_F * (parts_F > 1)
+    fits_F = (parts_F == 1) | (2 * stored_F <= num_places)
+
+    num_blocks = int(blocks_S.sum())
+    num_left = num_blocks - num_blocks * num_kv_heads // width * width // num_kv_heads
+    stored_F = num_left * parts_F
+    last_F = 4 * _divide_up(shortest, parts_F) + 8
+    left_costs_F = ends(num_blocks - num_left + stored_F, stored_F, stored_F, last_F).clamp(min=4 * most + 4)
+    left_costs_F += merging_F
+    left_fits_F = (parts_F > 1) & (parts_F * least <= shortest) & (stored_F <= num_places)
+    if num_left == 0 or num_left == num_blocks:
+        left_fits_F[:] = False
+    both = torch.where(torch.cat((fits_F, left_fits_F)), torch.cat((costs_F, left_costs_F)), 2**24)
+    best = int((both * 2 * MOST_PARTS + torch.arange(2 * MOST_PARTS, device=both.device)).argmin())
+    return _Cut(int(quotas_F[best])) if best < MOST_PARTS else _Cut(most, num_left, best - MOST_PARTS + 1)
 
 
 def _divide_up(number: Tensor | int, by: Tensor | int) -> Tensor:
@@ -228,26 +261,31 @@ def _plan_chunks_kernel(
     blocks = (counts * GROUP_SIZE + ROWS - 1) // ROWS
     ends = tl.cumsum(blocks, 0)
     num_blocks = tl.sum(blocks, 0)
-    most = tl.max(kv_lens, 0) // TILE
-    quota = tl.maximum(most, 1)
+    most = tl.maximum(tl.max(kv_lens, 0) // TILE, 1)
+    quota, num_left, parts_of_left = most, 0, 1
     if most >= 2 * LEAST:
-        quota = _find_quota(
-            blocks, contexts, counts, most, num_places, num_multiprocessors, NUM_KV_HEADS, TILE, LEAST, PARTS
+        last = tl.max(tl.where(has_chunk, sequence, -1), 0)
+        shortest = tl.sum(tl.where(sequence == last, contexts, 0), 0) // TILE + 1
+        quota, num_left, parts_of_left = _find_cut(
+            blocks, contexts, counts, most, shortest, num_places, num_multiprocessors, NUM_KV_HEADS, TILE, LEAST, PARTS
         )
 
     own = tl.program_id(0) * BLOCKS
+    is_cut = (quota < most) | (num_left > 0)
     first, until, num_before, places_before = own, own + 1, own, own * 0
-    if quota < most:  # where a block's entries are depends on all before it
+    if is_cut:  # where a block's entries are depends on all before it
         first, until, num_before = own * 0, tl.maximum(num_blocks, own + 1), own * 0
     for at in range(first, until, BLOCKS):
-        # The last rows of a chunk see the most keys: they go first, so that no long program starts at the end.
-        block = num_blocks - 1 - (at + tl.arange(0, BLOCKS))
+        block = at + tl.arange(0, BLOCKS)
         before = ends[None, :] <= block[:, None]
         owner = tl.sum(before.to(tl.int32), 1)
-        first_row = (block - tl.sum(tl.where(before, blocks[None, :], 0), 1)) * ROWS
-        context = tl.sum(tl.where(sequence[None, :] == owner[:, None], contexts[None, :], 0), 1)
+        is_owner = sequence[None, :] == owner[:, None]
+        first_row = (tl.sum(tl.where(is_owner, ends[None, :], 0), 1) - 1 - block) * ROWS
+        context = tl.sum(tl.where(is_owner, contexts[None, :], 0), 1)
         tiles = (context + first_row // GROUP_SIZE + 1) // TILE
-        wanted = tl.where(block >= 0, tl.maximum((tiles + quota - 1) // quota, 1), 0)
+        wanted = tl.maximum((tiles + quota - 1) // quota, 1)
+        wanted = tl.where(block < num_blocks - num_left, wanted, parts_of_left)
+        wanted = tl.where(block < num_blocks, wanted, 0)
         in_scratch = tl.where(wanted > 1, wanted, 0)
         place = places_before + tl.cumsum(in_scratch, 0) - in_scratch
         num_parts = tl.where(place + in_scratch <= num_places, wanted, tl.minimum(wanted, 1))
@@ -263,7 +301,7 @@ def _plan_chunks_kernel(
         places_before += tl.sum(in_scratch, 0)
         num_before += tl.sum(num_parts, 0)
 
-    num_listed = tl.where(quota < most, num_before, num_blocks)
+    num_listed = tl.where(is_cut, num_before, num_blocks)
     number = 5 * own + tl.arange(0, 8 * BLOCKS)  # of this program's share of the list
     empty = (number >= 5 * num_listed) & (number < 5 * tl.minimum(own + BLOCKS, num_entries))
     tl.store(entries_ptr + number, -1, mask=empty)
@@ -273,11 +311,12 @@ def _plan_chunks_kernel(
 
 
 @triton.jit
-def _find_quota(
+def _find_cut(
     blocks,
     contexts,
     counts,
     most,
+    shortest,
     num_places,
     num_multiprocessors,
     NUM_KV_HEADS: tl.constexpr,
@@ -285,20 +324,48 @@ def _find_quota(
     LEAST: tl.constexpr,
     PARTS: tl.constexpr,
 ):
-    """The most tiles of a part, from 1 to `PARTS` parts of the longest block; chunks count with their means.
+    """The most tiles of a part; how many blocks at the end are cut alone, and into how many parts.
 
-    Costs are quarters of the time that a tile takes. A multiprocessor runs a program at a time: no wave is shorter than
-    a mean program and what starting one takes, and none ends before its longest part. Merging takes as long as three
-    tiles, and half a tile a part.
+    Either all blocks are cut by the same quota, from 1 to `PARTS` parts of the longest one, or whole waves stay whole and
+    what is left over is cut. Chunks count with their means. Costs are quarters of the time that a tile takes. A
+    multiprocessor runs a program at a time. All end together, but for what the last wave leaves idle for as long as its
+    programs take; these are the first rows of the last chunk, which see `shortest` tiles. To start a program and to
+    store a part take as long as a tile, to merge three, and half a tile a part.
     """
     parts = 1 + tl.arange(0, PARTS)
     quotas = tl.maximum((most + parts - 1) // parts, LEAST)
     means = (2 * contexts + counts) // (2 * TILE)
     cuts = tl.maximum((means[:, None] + quotas[None, :] - 1) // quotas[None, :], 1)
     entries = tl.sum(blocks[:, None] * cuts, 0)
-    in_scratch = tl.sum(tl.where(cuts > 1, blocks[:, None] * cuts, 0), 0)
-    waves = (entries * NUM_KV_HEADS + num_multiprocessors - 1) // num_multiprocessors
-    programs = waves * (4 * tl.sum(blocks * means, 0) // entries + 4)
-    costs = tl.maximum(4 * quotas, programs) + tl.where(parts > 1, 12 + 2 * parts, 0)
-    best = tl.min(tl.where(2 * in_scratch <= num_places, costs * PARTS + parts - 1, 2**31 - 1), 0) % PARTS + 1
-    return tl.maximum((most + best - 1) // best, LEAST)
+    stored = tl.sum(tl.where(cuts > 1, blocks[:, None] * cuts, 0), 0)
+    work, merging = 4 * tl.sum(blocks * means, 0), 12 + 2 * parts
+
+    last = 4 * tl.minimum(quotas, shortest) + 4
+    ends = _ends(work, entries, stored, entries, last, num_multiprocessors, NUM_KV_HEADS)
+    costs = tl.maximum(4 * quotas + 4, ends) + tl.where(parts > 1, merging, 0)
+    costs = tl.where((parts == 1) | (2 * stored <= num_places), costs, 1 << 24)
+
+    num_blocks = tl.sum(blocks, 0)
+    num_left = num_blocks - num_blocks * NUM_KV_HEADS // num_multiprocessors * num_multiprocessors // NUM_KV_HEADS
+    stored = num_left * parts
+    last = 4 * ((shortest + parts - 1) // parts) + 8
+    ends = _ends(work, num_blocks - num_left + stored, stored, stored, last, num_multiprocessors, NUM_KV_HEADS)
+    left_costs = tl.maximum(4 * most + 4, ends) + merging
+    fits = (parts > 1) & (parts * LEAST <= shortest) & (stored <= num_places)
+    left_costs = tl.where(fits & (num_left > 0) & (num_left < num_blocks), left_costs, 1 << 24)
+
+    best = tl.min(costs * 2 * PARTS + parts - 1, 0)
+    best_left = tl.min(left_costs * 2 * PARTS + PARTS + parts - 1, 0)
+    of_all, of_left = best % PARTS + 1, best_left % PARTS + 1
+    is_left = best_left < best
+    quota = tl.where(is_left, most, tl.maximum((most + of_all - 1) // of_all, LEAST))
+    return quota, tl.where(is_left, num_left, 0), tl.where(is_left, of_left, 1)
+
+
+@triton.jit
+def _ends(work, entries, stored, in_last, last, num_multiprocessors, NUM_KV_HEADS: tl.constexpr):
+    """When programs end that are spread evenly, and what `in_last` of them, the last ones, leave idle at the end."""
+    waves = (in_last * NUM_KV_HEADS + num_multiprocessors - 1) // num_multiprocessors
+    idle = waves * num_multiprocessors - in_last * NUM_KV_HEADS
+    load = (work + 4 * entries + 4 * stored) * NUM_KV_HEADS // num_multiprocessors
+    return load + last * idle // num_multiprocessors

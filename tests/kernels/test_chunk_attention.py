@@ -1,3 +1,4 @@
+import heapq
 import itertools
 
 import pytest
@@ -89,10 +90,15 @@ def test_a_plan_lists_every_row_once(counts, kv_lens, num_decodes, group, device
     num_tokens = sum(count for _, count in chunks)
     sizes = {"max_tokens": num_tokens, "max_chunks": len(chunks) + 2, "group_size": group, "num_kv_heads": 1}
     plan = plan_chunks(starts, *ints[1:], **sizes, head_dim=16, dtype=torch.float32, tuning=SMALL)
-    work = [(s, row, 0, 1, 0) for s, count in chunks for row in range(0, count * group, SMALL.rows)]
+    work = [(*block, 0, 1, 0) for block in blocks_in_order(chunks, group, SMALL.rows)]
     found = [tuple(entry) for entry in plan.entries_J5.tolist()]
-    assert found[: len(work)] == work[::-1]
+    assert found[: len(work)] == work
     assert all(sequence == -1 for sequence, *_ in found[len(work) :])
+
+
+def blocks_in_order(chunks, group, rows):
+    """Sequence and first row of each block; of a chunk, the last rows come first."""
+    return [(s, row) for s, count in chunks for row in reversed(range(0, count * group, rows))]
 
 
 def starts_of(counts):
@@ -139,8 +145,8 @@ def test_parts_hold_every_tile_of_a_block_once(seed, group, heads, tuning, devic
     listed = [entry for entry in kernel.entries_J5.tolist() if entry != [-1] * 5]
     assert listed == kernel.entries_J5[: len(listed)].tolist()
     wholes = [(s, row, num_parts, place) for s, row, part, num_parts, place in listed if not part]
-    rows = [(s, row) for s in range(1, len(counts) - 1) for row in range(0, int(counts[s]) * group, tuning.rows)]
-    assert [whole[:2] for whole in wholes] == rows[::-1]
+    chunks = [(s, int(counts[s])) for s in range(1, len(counts) - 1)]
+    assert [whole[:2] for whole in wholes] == blocks_in_order(chunks, group, tuning.rows)
     assert listed == [[s, row, part, n, place] for s, row, n, place in wholes for part in range(n)]
     places = [place + part for *_, part, num_parts, place in listed if num_parts > 1]
     assert places == list(range(len(places)))
@@ -205,8 +211,40 @@ def test_few_blocks_after_many_keys_fill_a_gpu(num_tokens, context, device):
 @pytest.mark.usefixtures("h200")
 def test_a_long_block_among_many_short_ones_is_cut(device):
     num_parts = parts_of([256, 1792], [32768, 0], 8, 4, device)
-    assert num_parts == [1] * 56 + [num_parts[-1]] * 8
-    assert num_parts[-1] > 1
+    assert num_parts == [num_parts[0]] * 8 + [1] * 56
+    assert num_parts[0] > 1
+
+
+@pytest.mark.parametrize(
+    ("counts", "contexts", "group", "most"),
+    [
+        ([2167], [4990], 2, 1.10),  # two waves and eight programs
+        ([2167], [4990], 4, 1.05),
+        ([1267], [6466], 2, 1.15),
+        ([1163], [2917], 2, 1.25),
+        ([2048], [4096], 2, 1.05),
+        ([2048], [0], 2, 1.05),
+        ([46, 1149, 822], [4033, 0, 0], 2, 1.35),
+        ([46, 1149, 822], [4033, 0, 0], 4, 1.10),
+    ],
+    ids=str,
+)
+@pytest.mark.usefixtures("h200")
+def test_programs_end_about_together(counts, contexts, group, most):
+    """Played on 132 multiprocessors, in tiles: one to start a program, one to store a part, three to merge."""
+    counts_S = torch.tensor(counts, dtype=torch.int32)
+    kv_lens_S = counts_S + torch.tensor(contexts, dtype=torch.int32)
+    kinds = {"heads": 8, "head_dim": 128, "dtype": torch.bfloat16, "tuning": None, "num_decodes": 0}
+    plan, _ = plans_of(counts_S, kv_lens_S, group=group, **kinds, device="cpu")
+    free, work = [0.0] * 132, 0.0
+    for s, row, part, num_parts, _ in (entry for entry in plan.entries_J5.tolist() if entry[0] >= 0):
+        tiles = (contexts[s] + row // group + 1) // 64
+        takes = 1 + tiles * (part + 1) // num_parts - tiles * part // num_parts
+        work += 8 * takes
+        takes += (num_parts > 1) + (3 + num_parts / 2) * (part == num_parts - 1 > 0)
+        for _ in range(8):
+            heapq.heapreplace(free, free[0] + takes)
+    assert max(free) <= most * work / 132
 
 
 @pytest.mark.parametrize("precision", [(DTYPES[0], Tuning(32, 32, 4, 2)), (DTYPES[1], None)], ids=str)
