@@ -69,6 +69,8 @@ CHUNKS = (
     Batch("4 x 512 tokens after 1536", [2048] * 4, [512] * 4),
     Batch("1 x 64 tokens after 8192", [8256], [64]),
     Batch("1 x 256 tokens after 32768", [33024], [256]),
+    Batch("1 x 2167 tokens after 4990", [7157], [2167]),
+    Batch("46 tokens after 4033, prompts of 1149 and 822", [4079, 1149, 822], [46, 1149, 822]),
 )
 MIXED = Batch("128 decodes of 1000, 2 x 960 tokens", [1000] * 128 + [960] * 2, [1] * 128 + [960] * 2)
 

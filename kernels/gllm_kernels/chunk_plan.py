@@ -187,7 +187,7 @@ def _find_cut_reference(plan: ChunkPlan, blocks_S: Tensor, contexts_S: Tensor, c
     left_costs_F = ends(num_blocks - num_left + stored_F, stored_F, stored_F, last_F).clamp(min=4 * most + 4)
     left_costs_F += merging_F
     left_fits_F = (parts_F > 1) & (parts_F * least <= shortest) & (stored_F <= num_places)
-    if num_left == 0 or num_left == num_blocks:
+    if num_left in {0, num_blocks}:
         left_fits_F[:] = False
     both = torch.where(torch.cat((fits_F, left_fits_F)), torch.cat((costs_F, left_costs_F)), 2**24)
     best = int((both * 2 * MOST_PARTS + torch.arange(2 * MOST_PARTS, device=both.device)).argmin())
@@ -326,8 +326,8 @@ def _find_cut(
 ):
     """The most tiles of a part; how many blocks at the end are cut alone, and into how many parts.
 
-    Either all blocks are cut by the same quota, from 1 to `PARTS` parts of the longest one, or whole waves stay whole and
-    what is left over is cut. Chunks count with their means. Costs are quarters of the time that a tile takes. A
+    Either all blocks are cut by the same quota, from 1 to `PARTS` parts of the longest one, or whole waves stay whole
+    and what is left over is cut. Chunks count with their means. Costs are quarters of the time that a tile takes. A
     multiprocessor runs a program at a time. All end together, but for what the last wave leaves idle for as long as its
     programs take; these are the first rows of the last chunk, which see `shortest` tiles. To start a program and to
     store a part take as long as a tile, to merge three, and half a tile a part.

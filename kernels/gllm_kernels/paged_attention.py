@@ -113,7 +113,8 @@ def paged_attention(
         )
     else:
         out_THE = torch.empty_like(q_THE)
-    if backend == "triton" and has_chunks:  # first, while their keys are in the L2 cache, which decodes fill with others
+    if backend == "triton" and has_chunks:
+        # Before the decodes, whose keys take the place of the chunks' new ones in the L2 cache.
         chunk_attention(
             q_THE,
             keys_NPKE,

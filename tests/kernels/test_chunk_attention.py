@@ -232,10 +232,10 @@ def test_a_long_block_among_many_short_ones_is_cut(device):
 @pytest.mark.usefixtures("h200")
 def test_programs_end_about_together(counts, contexts, group, most):
     """Played on 132 multiprocessors, in tiles: one to start a program, one to store a part, three to merge."""
-    counts_S = torch.tensor(counts, dtype=torch.int32)
-    kv_lens_S = counts_S + torch.tensor(contexts, dtype=torch.int32)
+    lengths = torch.tensor(counts, dtype=torch.int32)
+    kv_lens = lengths + torch.tensor(contexts, dtype=torch.int32)
     kinds = {"heads": 8, "head_dim": 128, "dtype": torch.bfloat16, "tuning": None, "num_decodes": 0}
-    plan, _ = plans_of(counts_S, kv_lens_S, group=group, **kinds, device="cpu")
+    plan, _ = plans_of(lengths, kv_lens, group=group, **kinds, device="cpu")
     free, work = [0.0] * 132, 0.0
     for s, row, part, num_parts, _ in (entry for entry in plan.entries_J5.tolist() if entry[0] >= 0):
         tiles = (contexts[s] + row // group + 1) // 64

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import sys
+import tempfile
 import uuid
 from typing import Any
 
@@ -89,6 +90,7 @@ def main() -> int:
     # torch looks for GPUs before we fork, and must not touch CUDA for that: what is forked could not use it any more.
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     task = process.read_task(WorkerTask)
+    tempfile.tempdir = task.folder  # torch makes files there while it starts processes, and we may end at any time
     watch_parent(lambda: os._exit(0))
     failed = launch(task)
     if failed is None:

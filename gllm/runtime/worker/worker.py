@@ -71,8 +71,12 @@ def work(config: RuntimeConfig, address: str, launcher: int, all_forked: Barrier
     device = choose_device(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
-    address, config = _agree(address, config)
+    try:
+        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        address, config = _agree(address, config)
+    except Exception:
+        time.sleep(2 * _LOOK_S)  # if the launcher has ended, whose store it was, so has this process by then: silently
+        raise
     line = worker_socket(zmq.Context(), address, str(rank).encode())
     is_over = threading.Event()
     watch_connection(line, is_over)
