@@ -1,7 +1,7 @@
 """What the twin is judged by: a profile of this machine, then recorded replays of traffic that the profile never saw.
 
     python benchmarks/twin.py qwen3-8b --trace azure2023_conv.csv --rates 2,6,12 [--policies throttle sarathi]
-        [--seconds 30] [--repeats 3] [--pp N] [--tp N] [--no-profile] [--out FOLDER]
+        [--seconds 30] [--max-total-tokens N] [--repeats 3] [--pp N] [--tp N] [--no-profile] [--out FOLDER]
 
 Each run takes the requests of so many seconds of traffic at its rate (the trace's own times, faster or slower), in real
 time, on an engine of its own. FOLDER gets profile.json and a folder for each run, less its pages. Then, anywhere:
@@ -45,6 +45,7 @@ def twin(args: argparse.Namespace) -> int:
         raise ValueError(f"--trace {args.trace}: its requests come all at once; take one with arrival times")
     args.out.mkdir(parents=True, exist_ok=True)
     layout = [f"--{key}={size}" for key in ("pp", "tp", "ep") if (size := getattr(args, key)) > 1]
+    clipped = ["--max-total-tokens", args.max_total_tokens] if args.max_total_tokens else []
     with model_folder(args.model) as folder:
         engine = ["--model", folder, "--max-num-seqs", args.max_num_seqs, *layout]
         if folder != PATH and not any(folder.glob("*.safetensors")):
@@ -57,7 +58,8 @@ def twin(args: argparse.Namespace) -> int:
             for rate in args.rates:
                 for policy in args.policies:
                     name = slug(model_name(folder), *(part.strip("-").replace("=", "") for part in layout), policy)
-                    traffic = ["--rate-scale", rate / pace, "--window", f"0:{args.seconds * rate / pace:.3f}"]
+                    window = f"0:{args.seconds * rate / pace:.3f}"
+                    traffic = ["--rate-scale", rate / pace, "--window", window, *clipped]
                     replay(args, [*engine, *traffic, "--policy", policy], args.out / f"{name}_{rate:g}_{number + 1}")
     return 0
 
@@ -92,6 +94,7 @@ def parser() -> Parser:
     made.add_argument("--rates", type=rates, default=[2.0], metavar="R,...", help="requests/s (default: 2)")
     made.add_argument("--policies", nargs="+", default=["throttle"], metavar="P", help="default: throttle")
     made.add_argument("--seconds", type=positive, default=30.0, metavar="S", help="of traffic in a run (default: 30)")
+    made.add_argument("--max-total-tokens", type=whole(1), metavar="N", help="clip each request to so many")
     made.add_argument("--repeats", type=whole(1), default=3, metavar="N", help="of each run (default: 3)")
     made.add_argument("--max-num-seqs", type=whole(1), default=512, metavar="N", help="default: 512")
     made.add_argument("--max-tokens-per-step", type=whole(1), metavar="N", help="of the profile; default: the policy's")
