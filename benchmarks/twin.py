@@ -95,7 +95,9 @@ def parser() -> Parser:
     made.add_argument("--policies", nargs="+", default=["throttle"], metavar="P", help="default: throttle")
     made.add_argument("--seconds", type=positive, default=30.0, metavar="S", help="of traffic in a run (default: 30)")
     made.add_argument("--max-total-tokens", type=whole(1), metavar="N", help="clip each request to so many")
-    made.add_argument("--repeats", type=whole(0), default=3, metavar="N", help="of each run (default: 3; 0: only the profile)")
+    made.add_argument(
+        "--repeats", type=whole(0), default=3, metavar="N", help="of each run (default: 3; 0: only the profile)"
+    )
     made.add_argument("--max-num-seqs", type=whole(1), default=512, metavar="N", help="default: 512")
     made.add_argument("--max-tokens-per-step", type=whole(1), metavar="N", help="of the profile; default: the policy's")
     made.add_argument("--no-profile", dest="profile", action="store_false", help="only replay")
