@@ -21,12 +21,11 @@ from gllm.runtime.cli import main
 from gllm.runtime.config import RuntimeConfig
 from gllm.runtime.messages import StageTime, StepDone, decode_order, encode
 from gllm.runtime.profile import command, profiler
-from gllm.runtime.profile import measure as measuring
 from gllm.runtime.profile.command import gist
 from gllm.runtime.profile.grids import BASE_CHUNK, MOST_EACH, Room, make_grid, random_mixes
 from gllm.runtime.profile.host import host_times
 from gllm.runtime.profile.measure import measure
-from gllm.runtime.profile.session import Session, Stamps
+from gllm.runtime.profile.session import Session
 from gllm.runtime.profile.steps import DRIFT, MAX_REPEATS, Mix, StepMaker, prompts, uneven_decodes
 from gllm.sim.cost import batch_work
 from gllm.sim.gpus import get_gpu
@@ -525,17 +524,6 @@ def test_small_steps_are_measured_for_a_while(rests, least_ns, most_ns):
     maker = StepMaker(where.limits, VOCAB_SIZE, max_tokens=where.max_tokens, first_plan=FIRST_PLAN)
     measure(Session(workers, num_stages=1, max_in_flight=2), maker, prompts(64, BASE_CHUNK), rests=rests)
     assert least_ns <= workers.now_ns < most_ns
-
-
-@pytest.mark.parametrize(("took", "expected"), [((1000, 1004, 9), 1000), ((1000, 1030, 1020), 1020)])
-def test_rests_whose_times_differ_are_told_apart_by_a_third(took, expected, monkeypatch):
-    where, left = room(), list(took)
-    workers = FakeWorkers(where)
-    maker = StepMaker(where.limits, VOCAB_SIZE, max_tokens=where.max_tokens, first_plan=FIRST_PLAN)
-    monkeypatch.setattr(measuring, "_after_rest", lambda *_: [(Stamps(0, took_ns := left.pop(0), took_ns),)])
-    found = measure(Session(workers, num_stages=1, max_in_flight=2), maker, prompts(128, BASE_CHUNK), rests=True)
-    assert found.layers_ns == expected
-    assert len(left) == (took[-1] == 9)
 
 
 @pytest.mark.parametrize("on_gpu", [True, False])

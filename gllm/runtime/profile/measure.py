@@ -27,11 +27,9 @@ _NUM_WARM = 2
 _MIN_REPEATS = 3
 _POINT_NS = 150_000_000  # that a mix is measured for, if it takes not too few steps
 _SMALL_TOKENS = 64  # steps of so many leave the clock where it is
-_REST_S = 0.1
+_REST_S = 0.12
 _COOL_NS = 45_000_000  # that a GPU keeps its clock for
-_NUM_RESTS = 2
-_EQUAL = 0.005
-"""Medians after each rest that differ by more, as a share, are not repeated well enough; one rest more then decides."""
+_NUM_RESTS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,10 +56,7 @@ def measure(session: Session, maker: StepMaker, mix: Mix, *, alone: bool = False
     *_, warm = _repeat(session, maker, mix, _NUM_WARM, alone=alone)
     took_ns = warm[-1].end_ns - warm[0].start_ns
     if rests and mix.num_tokens > _SMALL_TOKENS:
-        rounds = [_after_rest(session, maker, mix, took_ns) for _ in range(_NUM_RESTS)]
-        if _differ(rounds):
-            rounds.append(_after_rest(session, maker, mix, took_ns))
-        return _times(rounds)
+        return _times([_after_rest(session, maker, mix, took_ns) for _ in range(_NUM_RESTS)])
     num = _num_repeats(took_ns)
     rounds = [_repeat(session, maker, mix, num, alone=alone)]
     while rests and rounds[-1][-1][0].end_ns < warm[0].start_ns + _POINT_NS:
@@ -76,11 +71,6 @@ def _after_rest(session: Session, maker: StepMaker, mix: Mix, step_ns: int) -> R
     session.run(before)
     session.rest(_REST_S)
     return session.run(steps)[num > 1 :]
-
-
-def _differ(rounds: Sequence[Round]) -> bool:
-    took_ns = [_times([steps]).layers_ns for steps in rounds]
-    return max(took_ns) > (1.0 + _EQUAL) * min(took_ns)
 
 
 def _times(rounds: Sequence[Round]) -> Times:
