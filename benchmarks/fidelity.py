@@ -40,7 +40,11 @@ RUNS = RESULTS / NAME
 PROFILES = {
     "qwen3-8b_to640": "benchmarks/results/twin/qwen3-8b_to640_h200.json",
     "qwen3-8b_bursts": "benchmarks/results/twin/qwen3-8b_bursts_h200.json",
+    "qwen3-8b_settled": "benchmarks/results/twin/qwen3-8b_settled_h200.json",
+    "qwen3-8b_two-rests": "benchmarks/results/twin/qwen3-8b_two-rests_h200.json",
     "qwen3-8b": "qwen3-8b_h200",
+    "qwen3-0.6b_whole-blocks": "benchmarks/results/twin/qwen3-0.6b_whole-blocks_h200.json",
+    "qwen3-0.6b": "qwen3-0.6b_h200",
     "qwen3-32b_pp2_nccl": "benchmarks/results/twin/qwen3-32b_pp2_nccl_h200.json",
     "qwen3-32b_pp2": "qwen3-32b_pp2_h200",
 }
