@@ -15,11 +15,14 @@ every single step would even out over thousands of steps that are all but the sa
 
 Both parts are bootstrapped. A `ReplicaCost` draws as many ratios of a kind as there are, with replacement, and takes
 their mean for the common part; each neighbourhood, steps within a factor of two in all sums of their work, draws one
-ratio for its own. No distribution is assumed, and machines agree to the last bit. Predictions are re-centred by this:
-where steps take 5 % more than predicted, replicas do.
+ratio for its own. No distribution is assumed of errors, and machines agree to the last bit.
 
-Not in it: how repetitions of a step, runs and machines vary, which a profile does not hold; the times beside the
-stages (gaps, transfers, the host's); what was scaled to another GPU.
+A run's steps are less unlike in themselves than checks, which are drawn to be so, and more than the tables' own points,
+where a profile is exact: a replica has a share of the common part, from none to all of it, either more likely than what
+lies between. And two machines of a kind differ: all steps of a replica take some more or less alike.
+
+Not in it: how repetitions of a step and of runs vary, which a profile does not hold; the times beside the stages
+(gaps, transfers, the host's); what was scaled to another GPU.
 """
 
 from __future__ import annotations
@@ -45,6 +48,10 @@ MIN_CHECKS = 4
 
 _MIN_HALF = 8
 """Checks on either side where a kind is split by size."""
+
+MACHINES = 0.015
+"""How far a machine is from a profile's at most, as a share: profiles of Qwen3-8B made on two H200s on one day differ
+by 1 to 1.5 % in decodes, by 2 % in their attention (benchmarks/NOTES.md)."""
 
 _LEAST = 0.1
 """Times the prediction: what a step takes at least, however far off the checks are."""
@@ -155,7 +162,11 @@ class ReplicaCost:
         self._cost, self._class_of = cost, calibration.class_of
         self._name = f"{seed} {number}"
         self._own = [_deviations(errors.ratios) for errors in calibration.errors]
-        self._common = [self._draw_common(kind, errors) for kind, errors in enumerate(calibration.errors)]
+        share, machine = self._draw_run()
+        self._common = [
+            1.0 + share * (self._draw_common(kind, errors) - 1.0) + machine
+            for kind, errors in enumerate(calibration.errors)
+        ]
         self._factors: dict[tuple[int, ...], float] = {}
 
     def stage_ns(self, work: Work) -> Sequence[int]:
@@ -193,6 +204,12 @@ class ReplicaCost:
         if factor is None:
             factor = self._factors[key] = max(self._common[key[0]] + self._draw_own(key), _LEAST)
         return factor
+
+    def _draw_run(self) -> tuple[float, float]:
+        """How much of the common errors this run's steps have, and how far its machine is from the profile's."""
+        random = Random(f"{self._name} run")
+        way = random.random()
+        return way * way * (3.0 - 2.0 * way), MACHINES * (2.0 * random.random() - 1.0)
 
     def _draw_common(self, kind: int, errors: Errors) -> float:
         """The mean of as many draws as there are ratios."""
