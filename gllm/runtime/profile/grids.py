@@ -24,7 +24,9 @@ _MOST_TRIES = 1000  # to find a step of one kind: in a small cache there may be 
 _BEYOND_STEP = 128  # between decode batches beyond the largest graph
 _CONTEXTS = (16, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _MIXED_CONTEXTS = frozenset((16, 512, 2048, 8192))
-_QUERIES = (1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+_QUERIES = (1, 16, 32, 64, 128, 256, 512, 576, 1024, 1152, 1536, 2048, 4096, 8192)
+"""Doublings, and where a whole wave of programs of chunk attention is full: one more program costs another wave."""
+
 _STARTS = (0, 256, 512, 768, 1024, 1536, 2048, 4096, 8192, 16384, 32768)
 _QUICK_CONTEXTS = (16, 1024)
 _QUICK_QUERIES = (1, 256, 2048)
