@@ -9,8 +9,9 @@ Only tiles that all rows of a block see are dealt; the last part has those at th
 a part empty. Where whole blocks fill the GPU once or more often, those that are left over may be cut alone, so that the
 last wave is a short one. How far to cut is the least of a small table of costs.
 
-Blocks are listed in the order of chunks, a chunk's last rows, which see the most keys, first. A prompt that goes on
-comes before those that start in its step, as schedulers have it: so no long program starts when the others end.
+Blocks are listed in the order of chunks, a chunk's last rows, which see the most keys, first: a prompt that goes on
+comes before those that start in its step. Where the last chunk has more keys before it than the first one, as after a
+hit in the prefix cache, the chunks are listed backwards. So long programs do not start when the others end.
 
 Shapes: S sequences, J entries of the list, K KV heads, C parts of cut blocks, F candidates of how far to cut.
 """
@@ -128,13 +129,17 @@ def plan_reference(
     counts_S = torch.where(has_chunk_S, query_starts.diff(), 0).long()
     contexts_S = torch.where(has_chunk_S, kv_lens_S, 0) - counts_S
     blocks_S = (counts_S * group_size + (rows - 1)) // rows
+    is_backwards = _is_backwards(blocks_S, contexts_S)
     owners = torch.repeat_interleave(blocks_S)
     listed = torch.arange(len(owners), device=owners.device)
-    first_rows = (blocks_S.cumsum(0)[owners] - 1 - listed) * rows
+    first_rows = (blocks_S.cumsum(0)[owners] - 1 - listed) * rows  # of a chunk, the last ones first
+    if is_backwards:
+        owners, first_rows = owners.flip(0), ((blocks_S - 1)[owners] * rows - first_rows).flip(0)
     tiles = (contexts_S[owners] + first_rows // group_size + 1) // tile
-    cut = _find_cut_reference(plan, blocks_S, contexts_S, counts_S)
+    cut = _find_cut_reference(plan, blocks_S, contexts_S, counts_S, is_backwards=is_backwards)
     wanted = _divide_up(tiles, cut.quota).clamp(min=1)
-    wanted = torch.where(listed < len(owners) - cut.num_left, wanted, cut.parts_of_left)
+    of_left = (tiles // plan.tuning.least_tiles).clamp(min=1, max=cut.parts_of_left)
+    wanted = torch.where(listed < len(owners) - cut.num_left, wanted, of_left)
     in_scratch = wanted * (wanted > 1)
     places = in_scratch.cumsum(0) - in_scratch
     fits = places + in_scratch <= len(plan.counters_CK)
@@ -152,17 +157,25 @@ class _Cut(NamedTuple):
 
     quota: int  # tiles of a part at most
     num_left: int = 0  # blocks at the end of the list that are cut alone
-    parts_of_left: int = 1
+    parts_of_left: int = 1  # at most
 
 
-def _find_cut_reference(plan: ChunkPlan, blocks_S: Tensor, contexts_S: Tensor, counts_S: Tensor) -> _Cut:
+def _is_backwards(blocks_S: Tensor, contexts_S: Tensor) -> bool:
+    """Whether the last chunk has more keys before it than the first."""
+    chunks = blocks_S.nonzero()[:, 0]
+    return len(chunks) > 0 and bool(contexts_S[chunks[-1]] > contexts_S[chunks[0]])
+
+
+def _find_cut_reference(
+    plan: ChunkPlan, blocks_S: Tensor, contexts_S: Tensor, counts_S: Tensor, *, is_backwards: bool
+) -> _Cut:
     """The cheapest way, as `_find_cut` says."""
     least, tile, (num_places, num_kv_heads) = plan.tuning.least_tiles, plan.tuning.tile, plan.counters_CK.shape
     width = num_multiprocessors(blocks_S.device)
-    most = max(int((contexts_S + counts_S).amax()) // tile, 1)
-    if most < 2 * least:
+    most, chunks = max(int((contexts_S + counts_S).amax()) // tile, 1), blocks_S.nonzero()[:, 0]
+    if most < 2 * least or not len(chunks):
         return _Cut(most)
-    shortest = int(contexts_S[blocks_S.nonzero()[-1]]) // tile + 1
+    shortest = int(contexts_S[chunks[0 if is_backwards else -1]]) // tile + 1
     parts_F = torch.arange(1, MOST_PARTS + 1, device=blocks_S.device)
     quotas_F = _divide_up(most, parts_F).clamp(min=least)
     means_S = (2 * contexts_S + counts_S) // (2 * tile)
@@ -262,10 +275,14 @@ def _plan_chunks_kernel(
     ends = tl.cumsum(blocks, 0)
     num_blocks = tl.sum(blocks, 0)
     most = tl.maximum(tl.max(kv_lens, 0) // TILE, 1)
+    first_chunk = tl.min(tl.where(blocks > 0, sequence, SEQUENCES), 0)
+    last_chunk = tl.max(tl.where(blocks > 0, sequence, -1), 0)
+    first_context = tl.sum(tl.where(sequence == first_chunk, contexts, 0), 0)
+    last_context = tl.sum(tl.where(sequence == last_chunk, contexts, 0), 0)
+    is_backwards = last_context > first_context
     quota, num_left, parts_of_left = most, 0, 1
-    if most >= 2 * LEAST:
-        last = tl.max(tl.where(has_chunk, sequence, -1), 0)
-        shortest = tl.sum(tl.where(sequence == last, contexts, 0), 0) // TILE + 1
+    if (most >= 2 * LEAST) & (num_blocks > 0):
+        shortest = tl.minimum(first_context, last_context) // TILE + 1
         quota, num_left, parts_of_left = _find_cut(
             blocks, contexts, counts, most, shortest, num_places, num_multiprocessors, NUM_KV_HEADS, TILE, LEAST, PARTS
         )
@@ -277,14 +294,18 @@ def _plan_chunks_kernel(
         first, until, num_before = own * 0, tl.maximum(num_blocks, own + 1), own * 0
     for at in range(first, until, BLOCKS):
         block = at + tl.arange(0, BLOCKS)
-        before = ends[None, :] <= block[:, None]
-        owner = tl.sum(before.to(tl.int32), 1)
+        place = tl.where(is_backwards, num_blocks - 1 - block, block)
+        owner = tl.sum((ends[None, :] <= place[:, None]).to(tl.int32), 1)
         is_owner = sequence[None, :] == owner[:, None]
-        first_row = (tl.sum(tl.where(is_owner, ends[None, :], 0), 1) - 1 - block) * ROWS
+        begin = tl.sum(tl.where(is_owner, (ends - blocks)[None, :], 0), 1)
+        end = tl.sum(tl.where(is_owner, ends[None, :], 0), 1)
+        # Of a chunk, the last rows come first.
+        first_row = tl.where(is_backwards, place - begin, end - 1 - place) * ROWS
         context = tl.sum(tl.where(is_owner, contexts[None, :], 0), 1)
         tiles = (context + first_row // GROUP_SIZE + 1) // TILE
         wanted = tl.maximum((tiles + quota - 1) // quota, 1)
-        wanted = tl.where(block < num_blocks - num_left, wanted, parts_of_left)
+        of_left = tl.maximum(tl.minimum(tiles // LEAST, parts_of_left), 1)
+        wanted = tl.where(block < num_blocks - num_left, wanted, of_left)
         wanted = tl.where(block < num_blocks, wanted, 0)
         in_scratch = tl.where(wanted > 1, wanted, 0)
         place = places_before + tl.cumsum(in_scratch, 0) - in_scratch
@@ -329,8 +350,8 @@ def _find_cut(
     Either all blocks are cut by the same quota, from 1 to `PARTS` parts of the longest one, or whole waves stay whole
     and what is left over is cut. Chunks count with their means. Costs are quarters of the time that a tile takes. A
     multiprocessor runs a program at a time. All end together, but for what the last wave leaves idle for as long as its
-    programs take; these are the first rows of the last chunk, which see `shortest` tiles. To start a program and to
-    store a part take as long as a tile, to merge three, and half a tile a part.
+    programs take; these are taken to be the first rows of the chunk listed last, which see `shortest` tiles. To start a
+    program and to store a part take as long as a tile, to merge three, and half a tile a part.
     """
     parts = 1 + tl.arange(0, PARTS)
     quotas = tl.maximum((most + parts - 1) // parts, LEAST)

@@ -1,5 +1,6 @@
 import heapq
 import itertools
+import random
 
 import pytest
 import torch
@@ -90,14 +91,17 @@ def test_a_plan_lists_every_row_once(counts, kv_lens, num_decodes, group, device
     num_tokens = sum(count for _, count in chunks)
     sizes = {"max_tokens": num_tokens, "max_chunks": len(chunks) + 2, "group_size": group, "num_kv_heads": 1}
     plan = plan_chunks(starts, *ints[1:], **sizes, head_dim=16, dtype=torch.float32, tuning=SMALL)
-    work = [(*block, 0, 1, 0) for block in blocks_in_order(chunks, group, SMALL.rows)]
+    contexts = [keys - count for count, keys in zip(counts, kv_lens, strict=True)]
+    work = [(*block, 0, 1, 0) for block in blocks_in_order(chunks, contexts, group, SMALL.rows)]
     found = [tuple(entry) for entry in plan.entries_J5.tolist()]
     assert found[: len(work)] == work
     assert all(sequence == -1 for sequence, *_ in found[len(work) :])
 
 
-def blocks_in_order(chunks, group, rows):
+def blocks_in_order(chunks, contexts, group, rows):
     """Sequence and first row of each block; of a chunk, the last rows come first."""
+    if chunks and contexts[chunks[-1][0]] > contexts[chunks[0][0]]:
+        chunks = chunks[::-1]
     return [(s, row) for s, count in chunks for row in reversed(range(0, count * group, rows))]
 
 
@@ -146,7 +150,8 @@ def test_parts_hold_every_tile_of_a_block_once(seed, group, heads, tuning, devic
     assert listed == kernel.entries_J5[: len(listed)].tolist()
     wholes = [(s, row, num_parts, place) for s, row, part, num_parts, place in listed if not part]
     chunks = [(s, int(counts[s])) for s in range(1, len(counts) - 1)]
-    assert [whole[:2] for whole in wholes] == blocks_in_order(chunks, group, tuning.rows)
+    contexts = (kv_lens - counts).tolist()
+    assert [whole[:2] for whole in wholes] == blocks_in_order(chunks, contexts, group, tuning.rows)
     assert listed == [[s, row, part, n, place] for s, row, n, place in wholes for part in range(n)]
     places = [place + part for *_, part, num_parts, place in listed if num_parts > 1]
     assert places == list(range(len(places)))
@@ -226,16 +231,19 @@ def test_a_long_block_among_many_short_ones_is_cut(device):
         ([2048], [0], 2, 1.05),
         ([46, 1149, 822], [4033, 0, 0], 2, 1.35),
         ([46, 1149, 822], [4033, 0, 0], 4, 1.10),
+        ([1149, 822, 46], [0, 0, 4033], 2, 1.35),
+        ([1149, 822, 46], [0, 0, 4033], 4, 1.10),
     ],
     ids=str,
 )
 @pytest.mark.usefixtures("h200")
-def test_programs_end_about_together(counts, contexts, group, most):
+def test_programs_end_about_together(counts, contexts, group, most, device):
     """Played on 132 multiprocessors, in tiles: one to start a program, one to store a part, three to merge."""
     lengths = torch.tensor(counts, dtype=torch.int32)
     kv_lens = lengths + torch.tensor(contexts, dtype=torch.int32)
     kinds = {"heads": 8, "head_dim": 128, "dtype": torch.bfloat16, "tuning": None, "num_decodes": 0}
-    plan, _ = plans_of(lengths, kv_lens, group=group, **kinds, device="cpu")
+    plan, by_kernel = plans_of(lengths, kv_lens, group=group, **kinds, device=device)
+    assert torch.equal(plan.entries_J5, by_kernel.entries_J5)
     free, work = [0.0] * 132, 0.0
     for s, row, part, num_parts, _ in (entry for entry in plan.entries_J5.tolist() if entry[0] >= 0):
         tiles = (contexts[s] + row // group + 1) // 64
@@ -245,6 +253,67 @@ def test_programs_end_about_together(counts, contexts, group, most):
         for _ in range(8):
             heapq.heapreplace(free, free[0] + takes)
     assert max(free) <= most * work / 132
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        ([1328, 69], [1257, 0], 2),
+        ([69, 1328], [1257, 1250], 2),
+        ([1376, 1199, 303, 50], [1716, 0, 0, 1500], 4),
+        ([2100, 30, 40], [3000, 20, 2500], 2),
+        ([0, 60], [500, 300], 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("width", [8, 12, 132])
+def test_no_part_is_empty(mix, width, device, monkeypatch):
+    """Whatever is left over of whole waves: blocks with fewer tiles than others are cut less."""
+    counts, contexts, group = mix
+    monkeypatch.setattr(chunk_plan, "num_multiprocessors", lambda _: width)
+    lengths = torch.tensor(counts, dtype=torch.int32)
+    kv_lens = lengths + torch.tensor(contexts, dtype=torch.int32)
+    for tuning in (None, chunk_plan.Tuning(128, 64, 8, 3, least_tiles=1)):
+        kinds = {"heads": 8, "head_dim": 128, "dtype": torch.bfloat16, "tuning": tuning, "num_decodes": 0}
+        plan, by_kernel = plans_of(lengths, kv_lens, group=group, **kinds, device=device)
+        assert torch.equal(plan.entries_J5, by_kernel.entries_J5)
+        for s, row, _, num_parts, _ in plan.entries_J5.tolist():
+            assert s < 0 or num_parts <= max(1, (contexts[s] + row // group + 1) // 64)
+
+
+def draw_mixes(num, *, seed):
+    """Prompts that go on, that start, and that were found in the prefix cache, in any order."""
+    generator = random.Random(seed)
+    for _ in range(num):
+        kinds = [generator.choice((0, 0, generator.randint(1, 400))) for _ in range(generator.randint(1, 5))]
+        yield [generator.randint(1, 160) for _ in kinds], kinds
+
+
+def test_plans_of_any_mix_are_equal_and_have_no_empty_part(device, monkeypatch):
+    num_left = 0
+    for number, (counts, contexts) in enumerate(draw_mixes(100, seed=0)):
+        monkeypatch.setattr(chunk_plan, "num_multiprocessors", lambda _, number=number: (6, 9, 16, 48)[number % 4])
+        lengths = torch.tensor(counts, dtype=torch.int32)
+        kv_lens = lengths + torch.tensor(contexts, dtype=torch.int32)
+        kinds = {"tuning": SMALL._replace(least_tiles=1 + number % 3), "num_decodes": 0}
+        plan, by_kernel = plans_of(lengths, kv_lens, group=2, heads=2, device=device, **kinds)
+        assert torch.equal(plan.entries_J5, by_kernel.entries_J5)
+        entries = [entry for entry in plan.entries_J5.tolist() if entry[0] >= 0]
+        parts = [entry[3] for entry in entries if entry[2] == 0]
+        num_left += parts[0] == 1 < parts[-1]
+        for s, row, _, num_parts, _ in entries:
+            assert num_parts <= max(1, (contexts[s] + row // 2 + 1) // SMALL.tile)
+    assert num_left, "no mix had left-over blocks that are cut alone"
+
+
+@pytest.mark.parametrize(("kv_lens", "query_lens"), [([149, 286], [149, 3]), ([286, 149], [3, 149]), ([330], [34])])
+@pytest.mark.parametrize("width", [8, 9, 12])
+def test_left_over_blocks_equal_float64(kv_lens, query_lens, width, device, monkeypatch):
+    monkeypatch.setattr(chunk_plan, "num_multiprocessors", lambda _: width)
+    shape = {"page": 4, "heads": 2, "group": 2, "width": 16, "dtype": torch.float32, "device": device}
+    inputs = draw(kv_lens, query_lens, **shape)
+    tuning = Tuning(16, 16, 4, 2, least_tiles=4)
+    assert error(triton_of(inputs, tuning, first=0), truth(inputs)) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("precision", [(DTYPES[0], Tuning(32, 32, 4, 2)), (DTYPES[1], None)], ids=str)
