@@ -111,12 +111,19 @@ def plan_chunks(
 
 
 def _empty_plan(num_blocks: int, num_kv_heads: int, head_dim: int, tuning: Tuning, device: torch.device) -> ChunkPlan:
-    # Twice what is aimed at: that counts chunks with their means, and a block that finds no place stays whole.
-    num_parts = 2 * max(2, num_multiprocessors(device) * tuning.programs_per_multiprocessor // num_kv_heads)
+    num_parts = count_places(tuning, num_kv_heads, device)
     entries = torch.empty(num_blocks + num_parts, 5, dtype=torch.int32, device=device)
     counters = torch.empty(num_parts, num_kv_heads, dtype=torch.int32, device=device)
     scratch = torch.empty(counters.numel() * tuning.rows * (head_dim + 2), dtype=torch.float32, device=device)
     return ChunkPlan(entries, counters, scratch, tuning)
+
+
+def count_places(tuning: Tuning, num_kv_heads: int, device: torch.device) -> int:
+    """How many parts a plan has room for.
+
+    Twice what is aimed at: that counts chunks with their means, and a block that finds no place stays whole.
+    """
+    return 2 * max(2, num_multiprocessors(device) * tuning.programs_per_multiprocessor // num_kv_heads)
 
 
 def plan_reference(
