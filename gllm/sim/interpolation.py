@@ -10,6 +10,8 @@ from bisect import bisect_right
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
+from gllm.graph_sizes import padded
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -39,6 +41,26 @@ def look_up(curve: Curve, point: int, figure: Callable[[int], float], outside: C
         return time_ns
     outside(FEWER if point < nearest else MORE)
     return time_ns * figure(point) / figure(nearest)
+
+
+def look_up_padded(
+    curve: Curve, sizes: Sequence[int], figure: Callable[[int], float], outside: Callable[[str], None]
+) -> Callable[[int], float]:
+    """The time at the next of the sizes of graphs, else on the line through the points beyond them alone.
+
+    The first step that is in no graph may take much longer than the largest that is.
+    """
+    first = bisect_right(curve.at, sizes[-1]) if sizes else 0
+    if first == len(curve.at):
+        first = 0
+    beyond = Curve(curve.at[first:], curve.ns[first:])
+
+    def time_ns(num: int) -> float:
+        if sizes and num <= sizes[-1]:
+            return look_up(curve, padded(num, sizes), figure, outside)
+        return look_up(beyond, num, figure, outside)
+
+    return time_ns
 
 
 def _inside(at: Sequence[int], parts: Sequence[tuple[int, float, float]], point: int) -> float:

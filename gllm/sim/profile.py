@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gllm.chunk_schedule import ChunkKernel
 from gllm.gpu_clock import GpuClock
 from gllm.model_shape import ModelShape
 from gllm.parallel import Parallel
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 PROFILES = Path(__file__).with_name("profiles")
 FORMAT, VERSION = "gllm-profile", 1
+MOST_EACH = 16
+"""Equal chunks of one step, at most."""
 
 
 class Check(NamedTuple):
@@ -31,6 +34,21 @@ class Check(NamedTuple):
 
     work: BatchWork
     stage_ns: tuple[int, ...]
+
+
+class StepRoom(NamedTuple):
+    """What the steps that were measured could hold."""
+
+    num_sequences: int
+    num_tokens: int
+    num_blocks: int
+    block_size: int
+
+    def num_each(self, num_tokens: int, start: int) -> int:
+        """How many equal chunks `prefill_each` is of there."""
+        num_blocks = -(-(start + num_tokens) // self.block_size)
+        most = min(MOST_EACH, self.num_sequences, self.num_tokens // num_tokens, self.num_blocks // num_blocks)
+        return max(most, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +79,8 @@ class Profile:
     dispatch_ns: int
     return_ns: int
     intake_ns: int  # 0: it was not measured
+    chunk_kernel: ChunkKernel | None  # of prefill attention; None: its schedule is not known
+    room: StepRoom | None  # read with `chunk_kernel` alone
     clock: GpuClock | None  # times are after a rest; None: what a step takes does not depend on those before it
     checks: tuple[Check, ...]
 
@@ -165,6 +185,8 @@ def _profile(top: Fields, name: str) -> Profile:
         dispatch_ns=host.whole("dispatch_ns"),
         return_ns=host.whole("return_ns"),
         intake_ns=0 if host.is_absent("intake_ns") else host.whole("intake_ns"),
+        chunk_kernel=None if top.is_absent("chunk_kernel") else _chunk_kernel(top.part("chunk_kernel")),
+        room=None if top.is_absent("chunk_kernel") else _room(top),
         clock=None if top.is_absent("clock") else _clock(top.part("clock")),
         checks=tuple(_check(part, parallel.pp) for part in top.parts("checks")),
     )
@@ -176,6 +198,15 @@ def _tokens(part: Fields, graph_sizes: tuple[int, ...]) -> Curve:
     if missing:
         raise part.wrong("tokens", f"has no point at {missing[0]}, which is in token_graph_sizes")
     return curve
+
+
+def _chunk_kernel(part: Fields) -> ChunkKernel:
+    return ChunkKernel(**{field.name: part.whole(field.name, 1) for field in fields(ChunkKernel)})
+
+
+def _room(top: Fields) -> StepRoom:
+    limits = [top.whole(name, 1) for name in ("max_tokens", "num_blocks", "block_size")]
+    return StepRoom(top.part("decode").points("batches", 1)[-1], *limits)
 
 
 def _clock(part: Fields) -> GpuClock:

@@ -17,7 +17,6 @@ tables a part goes on as the roofline does, scaled to the nearest measured point
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from functools import cache, partial
 from math import fsum
 from statistics import fmean
@@ -28,7 +27,8 @@ from gllm.parallel import Parallel
 from gllm.sim.constants import RooflineConstants
 from gllm.sim.cost import COMPONENTS, Load
 from gllm.sim.gpus import GPUS
-from gllm.sim.interpolation import Curve, Sheet, look_up, two_times
+from gllm.sim.interpolation import Curve, Sheet, look_up, look_up_padded
+from gllm.sim.prefill_attention import PrefillAttention
 from gllm.sim.roofline_parts import RooflineParts, scaled
 
 if TYPE_CHECKING:
@@ -100,17 +100,14 @@ class Profiled:
             is_mean=True,
         )
         self._mixed = cache(lambda num_decode: mixed.slice(num_decode).times())
-        one, each = (
-            Sheet(
-                surface,
-                roofline.prefill_attention,
+        self._prefill = PrefillAttention(
+            profile,
+            roofline.prefill_attention,
+            (
                 self._outside("prefill attention", "tokens in a chunk"),
                 self._outside("prefill attention", "tokens before a chunk"),
-            )
-            for surface in (profile.prefill_one, profile.prefill_each)
+            ),
         )
-        self._alone_ns = cache(lambda num_tokens: one.slice(num_tokens).times())
-        self._alone_and_each_ns = cache(lambda num_tokens: two_times(one.slice(num_tokens), each.slice(num_tokens)))
         self._decode = cache(self._decode_step)
         # Both products and what a step takes grow with the model: their rate, by the best one, is one of tokens.
         self._best_rate = max((num / ns for num, ns in zip(*profile.tokens, strict=True) if ns), default=1.0)
@@ -147,16 +144,7 @@ class Profiled:
     def _base(
         self, curve: Curve, sizes: Sequence[int], figure: Callable[[int], float], part: str, unit: str
     ) -> Callable[[int], float]:
-        """In a graph at the next captured size, else on the line through the points beyond them alone.
-
-        The first step that is in no graph may take much longer than the largest that is.
-        """
-        first = bisect_right(curve.at, sizes[-1]) if sizes else 0
-        if first == len(curve.at):
-            first = 0
-        graph_ns = self._curve(curve, figure, part, unit)
-        beyond_ns = self._curve(Curve(curve.at[first:], curve.ns[first:]), figure, part, unit)
-        return lambda num: graph_ns(padded(num, sizes)) if sizes and num <= sizes[-1] else beyond_ns(num)
+        return look_up_padded(curve, sizes, figure, self._outside(part, unit))
 
     def _rows(self, curve: Curve) -> Callable[[int], int]:
         time_ns = self._curve(curve, self._roofline.head, "the head", "rows")
@@ -225,14 +213,9 @@ class Profiled:
         if num_decode:
             context = work.decode_context
             decode_ns = self._mixed(num_decode)(context) + self._decode_attention(num_decode)(context)
-        base_ns = self._tokens_ns(work.num_prefill_tokens + num_decode)
-        head_ns, chunks = self._head_ns(work.num_sampled), work.chunks
-        if len(chunks) == 1:
-            return base_ns, decode_ns, self._alone_ns(chunks[0].num_tokens)(chunks[0].start), head_ns
-        times_ns = self._alone_and_each_ns
-        times = [times_ns(chunk.num_tokens)(chunk.start) for chunk in chunks]
-        alone, _ = max(times)
-        return base_ns, decode_ns, max(alone, fsum([each for _, each in times])), head_ns
+        num_tokens = work.num_prefill_tokens + num_decode
+        base_ns, head_ns = self._tokens_ns(num_tokens), self._head_ns(work.num_sampled)
+        return base_ns, decode_ns, self._prefill.time_ns(work.chunks, num_tokens, num_decode), head_ns
 
     def transfer_ns(self, work: Work) -> int:
         """How long hidden states take to the next stage; zero with a single stage."""

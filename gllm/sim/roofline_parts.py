@@ -86,13 +86,15 @@ def scaled(profile: Profile, source: RooflineParts, target: RooflineParts) -> Pr
     """The profile as if made on another GPU: each time by what the roofline says of the two. What the host does stays.
 
     Transfers are dropped where `source` has a single stage, which has none. The clock stays: whatever the other card's
-    is like, without one its steps in a row would take what rested ones do.
+    is like, without one its steps in a row would take what rested ones do. The schedule of attention's kernel is
+    dropped, too: it is that of a card with so many multiprocessors.
     """
     has_transfer = profile.transfer is not None and source.transfer(1) > 0
     attention = _ratio(source.prefill_attention, target.prefill_attention)
     head = _ratio(source.head, target.head)
     return replace(
         profile,
+        chunk_kernel=None,
         decode=_scaled_curve(profile.decode, _ratio(source.decode, target.decode)),
         decode_attention=_scaled_surface(
             profile.decode_attention,

@@ -140,6 +140,15 @@ def contents(**changes):
     return values | changes
 
 
+CHUNK_KERNEL = {  # on a card of few multiprocessors: a base chunk fills half of it
+    "rows": 128,
+    "tile": 64,
+    "least_tiles": 4,
+    "places": 8,
+    "kv_heads": 8,
+    "group_size": 2,
+    "multiprocessors": 16,
+}
 CLOCK = {"tau_ns": 2_000_000, "slowdown": 0.2, "knee": 0.3, "attention": 0.5}
 
 

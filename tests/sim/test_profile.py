@@ -4,9 +4,10 @@ import json
 from dataclasses import replace
 
 import pytest
-from sim.profiles import CLOCK, SHAPE, contents, profile, two_stages, written
+from sim.profiles import CHUNK_KERNEL, CLOCK, SHAPE, contents, profile, two_stages, written
 from sim.test_cli import call
 
+from gllm.chunk_schedule import ChunkKernel
 from gllm.gpu_clock import GpuClock
 from gllm.model_shape import load_shape
 from gllm.parallel import Parallel
@@ -56,6 +57,21 @@ def test_a_clock_is_read_where_there_is_one(tmp_path):
     found = profile(tmp_path, contents(clock={**CLOCK, "tokens": "not read"})).clock
     assert found == GpuClock(tau_ns=2_000_000, slowdown=0.2, knee=0.3, attention=0.5)
     assert profile(tmp_path, contents(clock={**CLOCK, "knee": 0})).clock.knee == 0.0
+
+
+def test_a_chunk_kernel_is_read_with_what_steps_could_hold_where_there_is_one(tmp_path):
+    read = profile(tmp_path)
+    assert read.chunk_kernel is read.room is profile(tmp_path, contents(chunk_kernel=None)).chunk_kernel is None
+    values = contents()
+    del values["max_tokens"], values["num_blocks"]
+    assert profile(tmp_path, values).room is None  # and these are not needed
+    found = profile(tmp_path, contents(chunk_kernel=CHUNK_KERNEL, num_blocks=100))
+    assert found.chunk_kernel == ChunkKernel(**CHUNK_KERNEL)
+    assert found.room == (64, 1024, 100, 16)
+    assert [found.room.num_each(*point) for point in ((16, 0), (64, 0), (100, 0), (16, 200), (1, 2000))] == [
+        *(16, 16, 10),
+        *(7, 1),  # blocks for no more
+    ]
 
 
 def test_rows_that_were_not_measured_at_all_are_left_out(tmp_path):
@@ -135,6 +151,10 @@ WRONG = [
     ("clock", {**CLOCK, "slowdown": -0.1}, "field clock.slowdown is -0.1, not a number from 0 to less than 1"),
     ("clock", {**CLOCK, "knee": 1.0}, "field clock.knee is 1.0, not a number from 0 to less than 1"),
     ("clock", {**CLOCK, "knee": float("nan")}, "field clock.knee is nan, not a number from 0 to less than 1"),
+    ("chunk_kernel", [1], "field chunk_kernel is no object"),
+    ("chunk_kernel", {**CHUNK_KERNEL, "tile": 0}, "field chunk_kernel.tile holds 0, not a whole number of at least 1"),
+    ("chunk_kernel", {**CHUNK_KERNEL, "rows": "1"}, "field chunk_kernel.rows holds '1', not a whole number"),
+    ("chunk_kernel", {"rows": 128, "tile": 64}, "field chunk_kernel.least_tiles is missing"),
     ("checks", {}, "field checks is no list"),
     ("checks.0", 5, "field checks[0] is no object"),
     ("checks.0.chunks", None, "field checks[0].chunks is no list"),
