@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import msgspec
 
+from gllm.chunk_schedule import ChunkKernel
 from gllm.runtime.outputs import FinishReason, Logprobs
 from gllm.runtime.sampling_params import SamplingParams
 
@@ -186,6 +187,7 @@ class WorkerReady(Message):
     rank: int
     num_blocks: int
     device: str
+    chunk_kernel: ChunkKernel | None  # None: others compute the attention of chunks
 
 
 class WorkerLoading(Message):

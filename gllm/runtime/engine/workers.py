@@ -29,6 +29,7 @@ from gllm.runtime.worker.task import WorkerTask
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from gllm.chunk_schedule import ChunkKernel
     from gllm.core import Limits
     from gllm.runtime.config import RuntimeConfig
     from gllm.runtime.engine.loop import EngineLoop
@@ -51,6 +52,7 @@ class Workers:
         self, config: RuntimeConfig, context: zmq.Context[zmq.Socket[bytes]], address: str, folder: str
     ) -> None:
         self._config = config
+        self.chunk_kernel: ChunkKernel | None = None  # once they are loaded
         self._doubt_until = 0.0  # till when every worker is asked whether it is there
         self.router, self.monitor = router(context, address)
         self._names = [str(rank).encode() for rank in range(config.num_workers)]
@@ -68,6 +70,7 @@ class Workers:
         limits = self._config.limits(num_blocks)
         self.order(Allocate(num_blocks))
         self._gather(Allocated, "workers have made the cache", tell)
+        self.chunk_kernel = readies[0].chunk_kernel
         return limits, readies[0].device
 
     def _gather(self, kind: type[_R], what: str, tell: Callable[[str], None]) -> list[_R]:

@@ -104,8 +104,10 @@ def _measured(args: Namespace, config: RuntimeConfig, model: ModelConfig) -> Pro
             quick=args.quick,
             quiet=args.quiet,
         )
+        kernel = workers.chunk_kernel
     made = _made(round(time.monotonic() - start_s))
-    return {**_described(config, model, device), "num_blocks": limits.num_blocks, "made": made, **tables}
+    known = {"num_blocks": limits.num_blocks, "made": made, "chunk_kernel": kernel and asdict(kernel)}
+    return {**_described(config, model, device), **known, **tables}
 
 
 def room(config: RuntimeConfig, shape: ModelShape, limits: Limits, device: str) -> Room:

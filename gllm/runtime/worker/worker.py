@@ -16,8 +16,11 @@ import msgspec
 import torch
 import torch.distributed as dist
 import zmq
+from gllm_kernels.chunk_plan import count_places, default_tuning
+from gllm_kernels.jit import num_multiprocessors
 from gllm_kernels.paged_attention import choose_backend
 
+from gllm.chunk_schedule import ChunkKernel
 from gllm.graph_sizes import has_token_graphs, token_graph_sizes
 from gllm.policy import parse_policy
 from gllm.runtime.channels import watch_connection, worker_socket
@@ -45,6 +48,7 @@ if TYPE_CHECKING:
     from multiprocessing.synchronize import Barrier
 
     from gllm.core import Limits
+    from gllm.model_shape import ModelShape
     from gllm.runtime.config import RuntimeConfig
     from gllm.runtime.messages import Order, Report
     from gllm.runtime.model_config import ModelConfig
@@ -228,7 +232,8 @@ class Worker:
         num_blocks = room_for_blocks(
             model.shape, shard, config, self._limits, dtype=dtype, device=device, peak_bytes=self._peak_bytes(device)
         )
-        report(WorkerReady(rank, num_blocks, describe(device)))
+        kernel = chunk_kernel(self._backend, model.shape, config.parallel.tp, dtype, device)
+        report(WorkerReady(rank, num_blocks, describe(device), kernel))
 
     def _peak_bytes(self, device: torch.device) -> int:
         """What the largest step takes on a GPU; computing it also compiles its kernels."""
@@ -300,6 +305,24 @@ def choose_dtype(config: RuntimeConfig, model: ModelConfig, device: torch.device
         name = "float32" if device.type == "cpu" else model.dtype
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+def chunk_kernel(
+    backend: str, shape: ModelShape, tp: int, dtype: torch.dtype, device: torch.device
+) -> ChunkKernel | None:
+    """What the schedule of chunks' attention depends on; None where that is not our kernel."""
+    if backend != "triton":
+        return None
+    tuning, num_kv_heads = default_tuning(shape.head_dim, dtype), shape.kv_heads_on(tp)
+    return ChunkKernel(
+        rows=tuning.rows,
+        tile=tuning.tile,
+        least_tiles=tuning.least_tiles,
+        places=count_places(tuning, num_kv_heads, device),
+        kv_heads=num_kv_heads,
+        group_size=shape.num_heads // tp // num_kv_heads,
+        multiprocessors=num_multiprocessors(device),
+    )
 
 
 def describe(device: torch.device) -> str:
