@@ -44,14 +44,19 @@ class Cut(NamedTuple):
 
     quota: int  # tiles of a part at most
     num_left: int = 0  # blocks at the end of the list that are cut alone
-    parts_of_left: int = 1
+    parts_of_left: int = 1  # at most
+
+
+def listed(chunks: Chunks) -> Chunks:
+    """In the kernel's order: backwards where the last chunk has more keys before it than the first."""
+    return chunks[::-1] if chunks[-1][0] > chunks[0][0] else chunks
 
 
 def duration(kernel: ChunkKernel, chunks: Chunks) -> float:
-    """How long chunks take together, in their order, in tiles."""
+    """How long chunks take together, in tiles."""
     # What all KV heads do alike so many multiprocessors do alike.
     alike = gcd(kernel.kv_heads, kernel.multiprocessors)
-    return _end(_programs(kernel, chunks), kernel.kv_heads // alike, kernel.multiprocessors // alike)
+    return _end(_programs(kernel, listed(chunks)), kernel.kv_heads // alike, kernel.multiprocessors // alike)
 
 
 def _end(programs: Sequence[float], copies: int, width: int) -> float:
@@ -108,7 +113,10 @@ def parts_of_blocks(kernel: ChunkKernel, cut: Cut, seen: Sequence[int]) -> list[
     """How many parts each block is cut into, by the tiles that all its rows see."""
     num_whole, quota, place, found = len(seen) - cut.num_left, cut.quota, 0, []
     for block, tiles in enumerate(seen):
-        wanted = max(-(-tiles // quota), 1) if block < num_whole else cut.parts_of_left
+        if block < num_whole:
+            wanted = max(-(-tiles // quota), 1)
+        else:
+            wanted = max(min(tiles // kernel.least_tiles, cut.parts_of_left), 1)
         if wanted > 1:
             place += wanted
         found.append(wanted if place <= kernel.places else 1)  # one without a place stays whole
@@ -117,7 +125,7 @@ def parts_of_blocks(kernel: ChunkKernel, cut: Cut, seen: Sequence[int]) -> list[
 
 def find_cut(kernel: ChunkKernel, chunks: Chunks) -> Cut:
     """The kernel's choice: the least of its table of costs, where fewer parts go first, and what is left last."""
-    most, load = _longest(kernel, chunks), _Load(kernel, chunks)
+    most, load = _longest(kernel, chunks), _Load(kernel, listed(chunks))
     if most < 2 * kernel.least_tiles:
         return Cut(most)
     cut, cost = load.cheapest_of_all(most)

@@ -2,7 +2,7 @@
 
 A profile's checks are steps that were measured for no table. Each gives a ratio, measured by predicted, and ratios of
 one kind of step (decodes alone, or with chunks; of many checks the smaller and the larger half by themselves) are
-taken for draws from one distribution. What is off then has two parts:
+taken for draws from one distribution. What steps are off by then has two parts:
 
     common    to all steps of the kind: the mean of its ratios, which is known as well as so few checks tell it
     own       to one composition: how far its ratio is from that mean, the same each time the step comes again
@@ -17,9 +17,9 @@ Both parts are bootstrapped. A `ReplicaCost` draws as many ratios of a kind as t
 their mean for the common part; each neighbourhood, steps within a factor of two in all sums of their work, draws one
 ratio for its own. No distribution is assumed of errors, and machines agree to the last bit.
 
-A run's steps are less unlike in themselves than checks, which are drawn to be so, and more than the tables' own points,
-where a profile is exact: a replica has a share of the common part, from none to all of it, either more likely than what
-lies between. And two machines of a kind differ: all steps of a replica take some more or less alike.
+A run's steps are less unlike in themselves than checks, which are drawn to be so, and more unlike than the tables' own
+points, where a profile is exact: a replica has a share of the common part, from none to all of it, either more likely
+than what lies between. And two machines of a kind differ: all steps of a replica take some more or less alike.
 
 Not in it: how repetitions of a step and of runs vary, which a profile does not hold; the times beside the stages
 (gaps, transfers, the host's); what was scaled to another GPU.
@@ -50,8 +50,8 @@ _MIN_HALF = 8
 """Checks on either side where a kind is split by size."""
 
 MACHINES = 0.015
-"""How far a machine is from a profile's at most, as a share: profiles of Qwen3-8B made on two H200s on one day differ
-by 1 to 1.5 % in decodes, by 2 % in their attention (benchmarks/NOTES.md)."""
+"""How far a machine is taken to be from a profile's at most, as a share: profiles of Qwen3-8B made on two H200s on one
+day differ by 1 to 1.5 % in decodes, by 2 % in their attention (benchmarks/NOTES.md)."""
 
 _LEAST = 0.1
 """Times the prediction: what a step takes at least, however far off the checks are."""

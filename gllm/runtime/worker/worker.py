@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -66,6 +67,7 @@ _MOURNING_S = 5.0  # the launcher blames whoever ends first: that must be who di
 
 def work(config: RuntimeConfig, address: str, launcher: int, all_forked: Barrier, ahead: Ahead) -> None:
     """The whole life of a worker; torchrun's environment says which one it is. Never returns normally on an error."""
+    tempfile.tempdir = None  # the launcher's is for its own files; who caches there wants to find them again
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not our parent's handler: die at once, whatever we wait for
     end_with_parent(launcher)
@@ -78,8 +80,10 @@ def work(config: RuntimeConfig, address: str, launcher: int, all_forked: Barrier
     try:
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
         address, config = _agree(address, config)
+    except StartError:
+        raise
     except Exception:
-        time.sleep(2 * _LOOK_S)  # if the launcher has ended, whose store it was, so has this process by then: silently
+        time.sleep(2 * _LOOK_S)  # has our launcher ended, and the store with it, so has this process by then: silently
         raise
     line = worker_socket(zmq.Context(), address, str(rank).encode())
     is_over = threading.Event()
