@@ -113,19 +113,6 @@ def paged_attention(
         )
     else:
         out_THE = torch.empty_like(q_THE)
-    if backend == "triton" and has_chunks:
-        # Before the decodes, whose keys take the place of the chunks' new ones in the L2 cache.
-        chunk_attention(
-            q_THE,
-            keys_NPKE,
-            values_NPKE,
-            query_starts=query_starts,
-            kv_lens_S=kv_lens_S,
-            block_tables_SB=block_tables_SB,
-            plan=chunk_plan or _plan_chunks(q_THE, keys_NPKE, query_starts, kv_lens_S, num_decodes),
-            scale=scale,
-            out_THE=out_THE,
-        )
     if num_decodes:
         decode_attention(
             q_THE[:num_decodes],
@@ -136,6 +123,19 @@ def paged_attention(
             plan=decode_plan or _plan(q_THE, keys_NPKE, kv_lens_S[:num_decodes]),
             scale=scale,
             out_SHE=out_THE[:num_decodes],
+        )
+    if backend == "triton" and has_chunks:
+        # After the decodes: where their number is a bound, these write zeros to rows that are chunks'.
+        chunk_attention(
+            q_THE,
+            keys_NPKE,
+            values_NPKE,
+            query_starts=query_starts,
+            kv_lens_S=kv_lens_S,
+            block_tables_SB=block_tables_SB,
+            plan=chunk_plan or _plan_chunks(q_THE, keys_NPKE, query_starts, kv_lens_S, num_decodes),
+            scale=scale,
+            out_THE=out_THE,
         )
     return out_THE
 

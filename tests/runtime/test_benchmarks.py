@@ -26,13 +26,13 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 sys.path.insert(0, str(BENCHMARKS))
 try:
-    from decode_step import NUM_PROFILED, Span
+    from decode_step import NUM_PROFILED, Batch, Span
     from edges import SENT_ROWS, STEP_ROWS, combine
     from engines.gllm import with_budget
     from latency import bytes_per_step
     from model_folder import model_folder
     from openai_stream import Answer, EventReader, endpoint_of
-    from prompt_step import PRODUCTS, product_flop, products, prompt_step
+    from prompt_step import PRODUCTS, MixedBatch, product_flop, products
     from record import slug
     from serving import statistics as percentiles
     from traffic import drawn_times
@@ -140,16 +140,18 @@ def test_a_decode_step_reads_weights_and_keys():
     assert bytes_per_step(moe, 4096, 0) == pytest.approx(2 * (moe.total_params - moe.embedding_params))
 
 
-def test_a_prompt_step_is_whole():
-    step = prompt_step(1100, 512)
-    assert [(chunk.slot, chunk.start, chunk.num_tokens, chunk.final) for chunk in step.chunks] == [
+@pytest.mark.parametrize("num_decodes", [0, 3])
+def test_a_prompt_step_is_whole(num_decodes):
+    step = MixedBatch(1100, 512, Batch(num_decodes, 100), num_blocks=100).step()
+    assert [(chunk.slot - num_decodes, chunk.start, chunk.num_tokens, chunk.final) for chunk in step.chunks] == [
         (0, 0, 512, True),
         (1, 0, 512, True),
         (2, 0, 76, True),
     ]
+    assert step.num_decodes == num_decodes
     assert [len(admission.token_ids) for admission in step.admissions] == [512, 512, 76]
     blocks = [block for chunk in step.chunks for block in chunk.blocks]
-    assert blocks == list(range(32 + 32 + 5))
+    assert sorted(blocks) == list(range(100 - 32 - 32 - 5, 100))
 
 
 def test_products_are_told_apart():

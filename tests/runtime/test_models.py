@@ -139,7 +139,7 @@ def test_ranks_of_a_stage_give_what_one_gives(name, tp, ep, tiny):
         return whole_logits(stages, PROMPTS[1]), Engine(stages, PROMPTS, max_len=MAX_LEN).greedy(24, chunk=16)
 
     for logits, tokens in on_ranks(tp, rank):
-        torch.testing.assert_close(logits, whole_logits(alone, PROMPTS[1]), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits, whole_logits(alone, PROMPTS[1]), atol=2e-5, rtol=1e-5)
         assert tokens == expected
 
 
