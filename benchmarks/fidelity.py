@@ -85,10 +85,10 @@ CAUSES = """\
   and a clock (0.6B has none: it draws too little). Steps of 8B are off by 1.1 to 1.9 % each and by -0.8 to +0.4 % in
   their sum. TTFT beyond saturation is mostly a queue, so it multiplies that.
 - Groups `qwen3-0.6b` and `qwen3-8b_two-rests` are of 4f403a2, on another machine: left-over blocks of chunks are cut,
-  and chunks attended before decodes (taken back: their answers were wrong, which no time depends on). The profiles were made with two short rests for a step instead of three: 0.6B's hardly
-  mind; of 8B steps of 1,024 to 1,152 tokens came out 4 to 6 % too long, what chunks take beyond them too short, and the
-  clock saw no heat in decodes. Beside `qwen3-8b_h200`, the other machine's, the same run is at throughput +2.0, TPOT
-  -2.7 and TTFT -7.1 %.
+  and chunks attended before decodes (taken back: their answers were wrong, which no time depends on). The profiles were
+  made with two short rests for a step instead of three: 0.6B's hardly mind; of 8B steps of 1,024 to 1,152 tokens came
+  out 4 to 6 % too long, what chunks take beyond them too short, and the clock saw no heat in decodes. Beside
+  `qwen3-8b_h200`, the other machine's, the same run is at throughput +2.0, TPOT -2.7 and TTFT -7.1 %.
 - Mixed steps of 0.6B take 1 to 3 % more than predicted, some 5 us a layer where they have more than 512 tokens. Not its
   clock, since decodes alone are right, and only in part the keys that decodes drive out of the L2 cache. With the
   schedule of the chunk kernel, which `qwen3-0.6b_h200` has, a quarter of it is gone.
