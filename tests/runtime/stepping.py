@@ -54,8 +54,8 @@ def on_ranks(size, function):
         return list(pool.map(function, groups))
 
 
-def load_stages(folder, *, group=None, ep=1, pp=1, fill=load_weights):
-    """Every pipeline stage of one tensor-parallel rank, in float32."""
+def load_stages(folder, *, group=None, ep=1, pp=1, fill=load_weights, dtype=torch.float32):
+    """Every pipeline stage of one tensor-parallel rank."""
     config = load_model_config(folder)
     group = group or SoloCommunicator()
     num_layers = config.shape.num_layers
@@ -71,7 +71,7 @@ def load_stages(folder, *, group=None, ep=1, pp=1, fill=load_weights):
             is_last=stage == pp - 1,
             group=group,
         )
-        stages.append(MODELS[config.architecture](config, shard, dtype=torch.float32))
+        stages.append(MODELS[config.architecture](config, shard, dtype=dtype))
         fill(stages[-1], folder)
     return stages
 
