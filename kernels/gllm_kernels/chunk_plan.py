@@ -282,10 +282,7 @@ def _plan_chunks_kernel(
     ends = tl.cumsum(blocks, 0)
     num_blocks = tl.sum(blocks, 0)
     most = tl.maximum(tl.max(kv_lens, 0) // TILE, 1)
-    first_chunk = tl.min(tl.where(blocks > 0, sequence, SEQUENCES), 0)
-    last_chunk = tl.max(tl.where(blocks > 0, sequence, -1), 0)
-    first_context = tl.sum(tl.where(sequence == first_chunk, contexts, 0), 0)
-    last_context = tl.sum(tl.where(sequence == last_chunk, contexts, 0), 0)
+    first_context, last_context = _contexts_at_ends(sequence, blocks, contexts, SEQUENCES)
     is_backwards = last_context > first_context
     quota, num_left, parts_of_left = most, 0, 1
     if (most >= 2 * LEAST) & (num_blocks > 0):
@@ -301,15 +298,9 @@ def _plan_chunks_kernel(
         first, until, num_before = own * 0, tl.maximum(num_blocks, own + 1), own * 0
     for at in range(first, until, BLOCKS):
         block = at + tl.arange(0, BLOCKS)
-        place = tl.where(is_backwards, num_blocks - 1 - block, block)
-        owner = tl.sum((ends[None, :] <= place[:, None]).to(tl.int32), 1)
-        is_owner = sequence[None, :] == owner[:, None]
-        begin = tl.sum(tl.where(is_owner, (ends - blocks)[None, :], 0), 1)
-        end = tl.sum(tl.where(is_owner, ends[None, :], 0), 1)
-        # Of a chunk, the last rows come first.
-        first_row = tl.where(is_backwards, place - begin, end - 1 - place) * ROWS
-        context = tl.sum(tl.where(is_owner, contexts[None, :], 0), 1)
-        tiles = (context + first_row // GROUP_SIZE + 1) // TILE
+        owner, first_row, tiles = _look_up(
+            block, num_blocks, is_backwards, sequence, blocks, contexts, ends, GROUP_SIZE, ROWS, TILE
+        )
         wanted = tl.maximum((tiles + quota - 1) // quota, 1)
         of_left = tl.maximum(tl.minimum(tiles // LEAST, parts_of_left), 1)
         wanted = tl.where(block < num_blocks - num_left, wanted, of_left)
@@ -319,13 +310,7 @@ def _plan_chunks_kernel(
         num_parts = tl.where(place + in_scratch <= num_places, wanted, tl.minimum(wanted, 1))
         if at == own:
             entry = num_before + tl.cumsum(num_parts, 0) - num_parts
-            for part in range(tl.max(num_parts, 0)):
-                to_ptr, listed = entries_ptr + 5 * (entry + part), part < num_parts
-                tl.store(to_ptr, owner, mask=listed)
-                tl.store(to_ptr + 1, first_row, mask=listed)
-                tl.store(to_ptr + 2, part, mask=listed)
-                tl.store(to_ptr + 3, num_parts, mask=listed)
-                tl.store(to_ptr + 4, tl.where(num_parts > 1, place, 0), mask=listed)
+            _list_parts(entries_ptr, entry, num_parts, owner, first_row, place)
         places_before += tl.sum(in_scratch, 0)
         num_before += tl.sum(num_parts, 0)
 
@@ -336,6 +321,52 @@ def _plan_chunks_kernel(
     if own == 0:
         counter = tl.arange(0, COUNTERS)
         tl.store(counters_ptr + counter, 0, mask=counter < num_places * NUM_KV_HEADS)
+
+
+@triton.jit
+def _contexts_at_ends(sequence, blocks, contexts, SEQUENCES: tl.constexpr):
+    """Keys before the first chunk and before the last; a chunk has blocks."""
+    first = tl.min(tl.where(blocks > 0, sequence, SEQUENCES), 0)
+    last = tl.max(tl.where(blocks > 0, sequence, -1), 0)
+    first_context = tl.sum(tl.where(sequence == first, contexts, 0), 0)
+    return first_context, tl.sum(tl.where(sequence == last, contexts, 0), 0)
+
+
+@triton.jit
+def _look_up(
+    block,
+    num_blocks,
+    is_backwards,
+    sequence,
+    blocks,
+    contexts,
+    ends,
+    GROUP_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Of listed blocks whose they are, their first rows, and the tiles that all rows see."""
+    place = tl.where(is_backwards, num_blocks - 1 - block, block)
+    owner = tl.sum((ends[None, :] <= place[:, None]).to(tl.int32), 1)
+    is_owner = sequence[None, :] == owner[:, None]
+    begin = tl.sum(tl.where(is_owner, (ends - blocks)[None, :], 0), 1)
+    end = tl.sum(tl.where(is_owner, ends[None, :], 0), 1)
+    # Of a chunk, the last rows come first.
+    first_row = tl.where(is_backwards, place - begin, end - 1 - place) * ROWS
+    context = tl.sum(tl.where(is_owner, contexts[None, :], 0), 1)
+    return owner, first_row, (context + first_row // GROUP_SIZE + 1) // TILE
+
+
+@triton.jit
+def _list_parts(entries_ptr, entry, num_parts, owner, first_row, place):
+    """Write the entries of blocks, each block's from `entry` on."""
+    for part in range(tl.max(num_parts, 0)):
+        to_ptr, listed = entries_ptr + 5 * (entry + part), part < num_parts
+        tl.store(to_ptr, owner, mask=listed)
+        tl.store(to_ptr + 1, first_row, mask=listed)
+        tl.store(to_ptr + 2, part, mask=listed)
+        tl.store(to_ptr + 3, num_parts, mask=listed)
+        tl.store(to_ptr + 4, tl.where(num_parts > 1, place, 0), mask=listed)
 
 
 @triton.jit
