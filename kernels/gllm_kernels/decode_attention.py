@@ -82,7 +82,7 @@ def _check(
             f"a plan of {len(plan.counters_SK)} sequences"
         )
     if plan.counters_SK.shape[1] != num_kv_heads or (
-        plan.scratch.numel() != 2 * len(plan.spans_W2) * num_heads * (head_dim + 2)
+        plan.scratch.numel() != 2 * len(plan.spans_W2) * num_heads * 2 * head_dim
     ):
         raise ValueError("the plan is of other heads")
 
@@ -124,7 +124,7 @@ def decode_triton(
     _, block_size, num_kv_heads, head_dim = keys_NPKE.shape
     group_size = q_SHE.shape[1] // num_kv_heads
     group = next_power_of_2(group_size)
-    members = min(group, 4)  # merged at a time; with more, or more parts, fewer programs' registers would fit
+    members = min(group, 8)  # merged at a time, of as many parts as registers hold
     _decode_kernel[(len(plan.spans_W2) * num_kv_heads,)](
         out_SHE,
         q_SHE,
@@ -147,7 +147,7 @@ def decode_triton(
         ROWS=max(16, group),
         WIDTH=max(16, next_power_of_2(head_dim)),
         MEMBERS=members,
-        PARTS=(32 if group <= 4 else 16) // members,
+        PARTS=16 // members,
         PRECISION="ieee" if q_SHE.dtype == torch.float32 else "tf32",
         num_warps=plan.tuning.num_warps,
         num_stages=plan.tuning.num_stages,
@@ -192,7 +192,7 @@ def _decode_kernel(
 ):
     # Neighbouring programs read neighbouring heads of the same keys, at about the same time.
     worker, head = tl.program_id(0) // NUM_KV_HEADS, tl.program_id(0) % NUM_KV_HEADS
-    stats_ptr = scratch_ptr + 2 * tl.num_programs(0) * GROUP_SIZE * HEAD_DIM
+    weights_ptr = scratch_ptr + 2 * tl.num_programs(0) * GROUP_SIZE * HEAD_DIM
     quota = tl.load(quota_ptr)
     first_sequence = tl.load(spans_ptr + 2 * worker)
     last_sequence = tl.load(spans_ptr + 2 * worker + 1)
@@ -234,24 +234,23 @@ def _decode_kernel(
 
         first_worker = begin_tile // quota
         num_parts = (end_tile - 1) // quota - first_worker + 1
+        result = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # no keys: nothing was added up
         if num_parts == 1:
-            # No keys: nothing was added up.
-            result = acc / tl.where(total == 0.0, 1.0, total)[:, None]
             tl.store(out_ptr + sequence_offset + q_offsets, result.to(out_ptr.dtype.element_ty), mask=q_mask)
         else:
             # A stretch touches at most two sequences that it shares: one begun before it, one that goes on after it.
             part = (2 * worker + (worker == first_worker).to(tl.int32)) * NUM_KV_HEADS + head
             part_offsets = (part * GROUP_SIZE + row)[:, None] * HEAD_DIM + column[None, :]
-            tl.store(scratch_ptr + part_offsets, acc, mask=q_mask)
-            tl.store(stats_ptr + part * 2 * GROUP_SIZE + row, peak, mask=row < GROUP_SIZE)
-            tl.store(stats_ptr + (part * 2 + 1) * GROUP_SIZE + row, total, mask=row < GROUP_SIZE)
+            tl.store(scratch_ptr + part_offsets, result, mask=q_mask)
+            weight = tl.broadcast_to((peak + tl.log2(total))[:, None], [ROWS, WIDTH])
+            tl.store(weights_ptr + part_offsets, weight, mask=q_mask)
             counter_ptr = counters_ptr + sequence * NUM_KV_HEADS + head
             tl.debug_barrier()  # all of this program's stores come before its announcement
             num_before = tl.atomic_add(counter_ptr, 1, sem="acq_rel", scope="gpu")
             if num_before == num_parts - 1:
                 tl.store(counter_ptr, 0)
                 _merge(
-                    out_ptr + sequence_offset, scratch_ptr, stats_ptr, first_worker, num_parts, head,
+                    out_ptr + sequence_offset, scratch_ptr, weights_ptr, first_worker, num_parts, head,
                     NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, WIDTH, MEMBERS, PARTS,
                 )  # fmt: skip
 
@@ -260,7 +259,7 @@ def _decode_kernel(
 def _merge(
     out_ptr,
     scratch_ptr,
-    stats_ptr,
+    weights_ptr,
     first_worker,
     num_parts,
     head,
@@ -273,36 +272,30 @@ def _merge(
 ):
     """Write one sequence's result for one KV head from what its workers left, a few members of the group at a time.
 
-    That was written by other multiprocessors a moment ago: read past this one's own cache (.cg).
+    A batch waits for this at its end. Every element has its weight beside it, so that nothing moves between threads, and
+    PARTS parts are on their way at once. Other multiprocessors wrote them a moment ago: read past this one's own cache
+    (.cg).
     """
-    column = tl.arange(0, WIDTH)
+    column = tl.arange(0, WIDTH)[None, :]
     for first_member in range(0, GROUP_SIZE, MEMBERS):
-        member = first_member + tl.arange(0, MEMBERS)
-        source = tl.minimum(member, GROUP_SIZE - 1)  # those beyond the group repeat its last and are not stored
-        peak = tl.full([MEMBERS], float("-inf"), tl.float32)
-        total = tl.zeros([MEMBERS], tl.float32)
+        member = first_member + tl.arange(0, MEMBERS)[:, None]
+        held = (member < GROUP_SIZE) & (column < HEAD_DIM)
+        peak = tl.full([MEMBERS, WIDTH], float("-inf"), tl.float32)
+        total = tl.zeros([MEMBERS, WIDTH], tl.float32)
         acc = tl.zeros([MEMBERS, WIDTH], tl.float32)
         for at in range(0, num_parts, PARTS):
-            index = at + tl.arange(0, PARTS)
-            part = (2 * (first_worker + index) + (index == 0).to(tl.int32)) * NUM_KV_HEADS + head
-            there = (index < num_parts)[:, None]
-            stats = stats_ptr + (part * 2 * GROUP_SIZE)[:, None] + source[None, :]
-            peaks = tl.load(stats, mask=there, other=float("-inf"), cache_modifier=".cg")
-            totals = tl.load(stats + GROUP_SIZE, mask=there, other=0.0, cache_modifier=".cg")
-            rows = (part * GROUP_SIZE)[:, None] + source[None, :]
-            parts = tl.load(
-                scratch_ptr + rows[:, :, None] * HEAD_DIM + column[None, None, :],
-                mask=there[:, :, None] & (column < HEAD_DIM)[None, None, :],
-                other=0.0,
-                cache_modifier=".cg",
-            )
-            new_peak = tl.maximum(peak, tl.max(peaks, 0))
-            shares = tl.exp2(peaks - new_peak[None, :])
-            fade = tl.exp2(peak - new_peak)
-            total = total * fade + tl.sum(totals * shares, 0)
-            acc = acc * fade[:, None] + tl.sum(parts * shares[:, :, None], 0)
-            peak = new_peak
-        result = acc / total[:, None]
-        offsets = (head * GROUP_SIZE + member)[:, None] * HEAD_DIM + column[None, :]
-        mask = (member < GROUP_SIZE)[:, None] & (column < HEAD_DIM)[None, :]
-        tl.store(out_ptr + offsets, result.to(out_ptr.dtype.element_ty), mask=mask)
+            for step in tl.static_range(PARTS):
+                index = at + step
+                part = (2 * (first_worker + index) + (index == 0).to(tl.int32)) * NUM_KV_HEADS + head
+                offsets = (part * GROUP_SIZE + member) * HEAD_DIM + column
+                there = held & (index < num_parts)
+                nothing = tl.where(index < num_parts, 0.0, float("-inf"))  # what is not held has weights, too: no NaN
+                result = tl.load(scratch_ptr + offsets, mask=there, other=0.0, cache_modifier=".cg")
+                weight = tl.load(weights_ptr + offsets, mask=there, other=nothing, cache_modifier=".cg")
+                new_peak = tl.maximum(peak, weight)
+                fade, share = tl.exp2(peak - new_peak), tl.exp2(weight - new_peak)
+                total = total * fade + share
+                acc = acc * fade + result * share
+                peak = new_peak
+        offsets = (head * GROUP_SIZE + member) * HEAD_DIM + column
+        tl.store(out_ptr + offsets, (acc / total).to(out_ptr.dtype.element_ty), mask=held)

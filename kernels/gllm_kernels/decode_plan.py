@@ -41,7 +41,7 @@ class DecodePlan(NamedTuple):
     spans_W2: Tensor  # int32, first and last sequence of each worker; the last comes before the first if it has none
     quota: Tensor  # int32 [1], tiles of each worker
     counters_SK: Tensor  # int32, how many partial results are there; zero between calls
-    scratch: Tensor  # float32, room for two partial results of each worker and KV head
+    scratch: Tensor  # float32, room for two partial results of each worker and KV head, and a weight for each element
     tuning: Tuning
 
 
@@ -97,7 +97,7 @@ def _empty_plan(
     num_workers = max(1, num_multiprocessors(device) * tuning.programs_per_multiprocessor // num_kv_heads)
     sizes = (num_sequences + 1, 2 * num_workers, 1, num_sequences * num_kv_heads)
     bounds_S, spans, quota, counters = torch.empty(sum(sizes), dtype=torch.int32, device=device).split(sizes)
-    scratch = torch.empty(2 * num_workers * num_heads * (head_dim + 2), dtype=torch.float32, device=device)
+    scratch = torch.empty(2 * num_workers * num_heads * 2 * head_dim, dtype=torch.float32, device=device)
     return DecodePlan(bounds_S, spans.view(-1, 2), quota, counters.view(-1, num_kv_heads), scratch, tuning)
 
 
