@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kernel_cases.case import Work
 
 EPS = 1e-6
-NUM_ROWS = (1, 4, 16)
+NUM_ROWS = (1, 4, 16, 32)
 
 
 class Product(NamedTuple):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from gllm_kernels.decode_plan import DecodePlan, Tuning, default_tuning, plan_decode
+from gllm_kernels.early_start import await_previous, launch_options, let_next_start
 from gllm_kernels.jit import next_power_of_2, runs_triton, tl, triton
 
 if TYPE_CHECKING:
@@ -149,6 +150,7 @@ def decode_triton(
         MEMBERS=members,
         PARTS=16 // members,
         PRECISION="ieee" if q_SHE.dtype == torch.float32 else "tf32",
+        **launch_options(),
         num_warps=plan.tuning.num_warps,
         num_stages=plan.tuning.num_stages,
     )
@@ -189,7 +191,9 @@ def _decode_kernel(
     MEMBERS: tl.constexpr,
     PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    let_next_start(EARLY)
     # Neighbouring programs read neighbouring heads of the same keys, at about the same time.
     worker, head = tl.program_id(0) // NUM_KV_HEADS, tl.program_id(0) % NUM_KV_HEADS
     weights_ptr = scratch_ptr + 2 * tl.num_programs(0) * GROUP_SIZE * HEAD_DIM
@@ -200,6 +204,7 @@ def _decode_kernel(
     row, column, place = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, TILE)
     q_mask = (row < GROUP_SIZE)[:, None] & (column < HEAD_DIM)[None, :]
     q_offsets = (head * GROUP_SIZE + row)[:, None] * HEAD_DIM + column[None, :]
+    await_previous(EARLY)  # the plan is older: it was there before the first of a step's kernels started early
     for sequence in range(first_sequence, last_sequence + 1):
         begin_tile = tl.load(bounds_ptr + sequence)
         end_tile = tl.load(bounds_ptr + sequence + 1)
@@ -272,9 +277,9 @@ def _merge(
 ):
     """Write one sequence's result for one KV head from what its workers left, a few members of the group at a time.
 
-    A batch waits for this at its end. Every element has its weight beside it, so that nothing moves between threads, and
-    PARTS parts are on their way at once. Other multiprocessors wrote them a moment ago: read past this one's own cache
-    (.cg).
+    A batch waits for this at its end: every element has its weight beside it, so that nothing moves between threads,
+    and PARTS parts are on their way at once. Other multiprocessors wrote them a moment ago: read past this one's own
+    cache (.cg).
     """
     column = tl.arange(0, WIDTH)[None, :]
     for first_member in range(0, GROUP_SIZE, MEMBERS):

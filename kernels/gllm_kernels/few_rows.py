@@ -2,9 +2,9 @@
 
 A step of few sequences takes as long as its weights take to read, and as its launches cost. One row needs no tensor
 cores: each program multiplies some rows of the weight with it elementwise, and sums once, at the end; a norm before
-the product is a sum of squares on the way and a factor at the end. Up to 16 rows are one tile of the tensor cores, the
-weight the larger side of it; their norm is a kernel of its own, since what goes from memory to the tensor cores by
-asynchronous copies passes no registers where it could be scaled. More rows are cuBLAS's.
+the product is a sum of squares on the way and a factor at the end. Up to 32 rows are one or two tiles of the tensor
+cores, the weight the larger side of them; their norm is a kernel of its own, since what goes from memory to the tensor
+cores by asynchronous copies passes no registers where it could be scaled. More rows are cuBLAS's.
 
 Shapes: M rows, N rows of the weight, K the size summed over, O columns of the output (N, or N / 2 of a gated one).
 """
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch.nn import functional
 
+from gllm_kernels.early_start import await_previous, launch_options, let_next_start
 from gllm_kernels.jit import runs_triton, tl, triton
 from gllm_kernels.rms_norm import rms_norm
 from gllm_kernels.silu_and_mul import silu_and_mul
@@ -24,7 +25,7 @@ from gllm_kernels.silu_and_mul import silu_and_mul
 if TYPE_CHECKING:
     from torch import Tensor
 
-MAX_ROWS = 16  # a tile of the tensor cores
+MAX_ROWS, TILE_ROWS = 32, 16  # the tensor cores take x by tiles of so many rows
 MIN_TILED = 1024  # rows of the weight: of fewer, tiles occupy few multiprocessors, and cuBLAS cuts K instead
 _DTYPES = frozenset((torch.bfloat16, torch.float16))
 
@@ -81,6 +82,8 @@ def takes(x_MK: Tensor, weight_NK: Tensor) -> bool:
 @lru_cache
 def default_tuning(num_rows: int, num_weights: int, size: int) -> Tuning:
     """What suits an H200, by M, N and K."""
+    if num_rows > TILE_ROWS:
+        return Tuning(block_n=64, block_k=128, num_warps=4, num_stages=6 if num_weights <= 1 << 13 else 3)
     if num_rows > 1:
         if num_weights <= 1 << 13:  # no more programs than multiprocessors: each loads far ahead
             return Tuning(block_n=64, block_k=256, num_warps=4, num_stages=4)
@@ -152,7 +155,7 @@ def linear_triton(
     gated: bool = False,
     tuning: Tuning | None = None,
 ) -> Tensor:
-    """The kernels, of up to 16 rows (see `takes`); `tuning` in place of what suits these shapes."""
+    """The kernels, of up to 32 rows (see `takes`); `tuning` in place of what suits these shapes."""
     (num_rows, size), num_weights = x_MK.shape, len(weight_NK)
     tuning = tuning or default_tuning(num_rows, num_weights, size)
     if num_rows > 1 and gain_K is not None:
@@ -172,13 +175,14 @@ def linear_triton(
         WHOLE=size % tuning.block_k == 0,
         BLOCK_N=block_n,
         BLOCK_K=tuning.block_k,
+        **launch_options(),
         num_warps=tuning.num_warps,
         num_stages=tuning.num_stages,
     )
     if num_rows == 1:
         launch(x_MK, weight_NK, gain_K=gain_K, eps=eps)
     else:
-        launch(x_MK, weight_NK, num_rows=num_rows, BLOCK_M=MAX_ROWS)
+        launch(x_MK, weight_NK, num_rows=num_rows, BLOCK_M=TILE_ROWS if num_rows <= TILE_ROWS else MAX_ROWS)
     return out_MO
 
 
@@ -197,12 +201,14 @@ def _one_row_kernel(
     WHOLE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Elementwise products, summed over K by each element of a tile, and over the tile at the end."""
     k = tl.arange(0, BLOCK_K)
     weight_at = weight_NK + _rows(num_outs, GATED, BLOCK_N)[:, None].to(tl.int64) * size + k[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     squares = tl.zeros([BLOCK_K], tl.float32)
+    await_previous(EARLY)
     for at in range(0, size, BLOCK_K):
         held = (at + k < size) | WHOLE
         weight = tl.load(weight_at + at, mask=held[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
@@ -211,6 +217,7 @@ def _one_row_kernel(
             squares += x * x
             x *= tl.load(gain_K + at + k, mask=held, other=0.0).to(tl.float32)
         acc += weight * x[None, :]
+    let_next_start(EARLY)
     out = tl.sum(acc, axis=1, keep_dims=True)
     if gain_K is not None:
         out *= tl.math.rsqrt(tl.sum(squares) / size + eps)
@@ -232,17 +239,20 @@ def _few_rows_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A product of tiles, the weight on the left: only there may a side be as short as M."""
     k, m = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_M)
     weight_at = weight_NK + _rows(num_outs, GATED, BLOCK_N)[:, None].to(tl.int64) * size + k[None, :]
     x_at = x_MK + m[None, :] * size + k[:, None]
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    await_previous(EARLY)
     for at in range(0, size, BLOCK_K):
         held = (at + k < size) | WHOLE
         weight = tl.load(weight_at + at, mask=held[None, :], other=0.0, eviction_policy="evict_first")
         x = tl.load(x_at + at, mask=(m < num_rows)[None, :] & held[:, None], other=0.0)
         acc = tl.dot(weight, x, acc)
+    let_next_start(EARLY)
     _finish(acc, num_rows, bias_N, residual_MO, out_MO, num_outs, GATED, BLOCK_N)
 
 

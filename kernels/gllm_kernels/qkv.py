@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gllm_kernels.early_start import await_previous, launch_options, let_next_start
 from gllm_kernels.jit import next_power_of_2, runs_triton, tl, triton
 from gllm_kernels.rms_norm import rms_norm_reference
 
@@ -152,6 +153,7 @@ def norm_rotate_cache_triton(
         BLOCK_REST=next_power_of_2(head_dim - 2 * num_pairs),
         BLOCK_DIM=next_power_of_2(head_dim),
         INTERLEAVED=interleaved,
+        **launch_options(),
         num_warps=min(max(tile * next_power_of_2(head_dim) // (32 * elements_per_thread), 1), 8),
     )
     return q_THE
@@ -212,8 +214,11 @@ def _norm_rotate_cache_kernel(
     BLOCK_REST: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     INTERLEAVED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A program takes up to TILE heads of a token: of its queries, or keys together with their values."""
+    let_next_start(EARLY)
+    await_previous(EARLY)
     token = tl.program_id(0).to(tl.int64)
     num_query_tiles: tl.constexpr = (NUM_HEADS + TILE - 1) // TILE
     qkv_at = qkv_TC + token * ((NUM_HEADS + 2 * NUM_KV_HEADS) * HEAD_DIM)

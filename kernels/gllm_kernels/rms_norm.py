@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from gllm_kernels.early_start import await_previous, launch_options, let_next_start
 from gllm_kernels.jit import next_power_of_2, runs_triton, tl, triton
 
 if TYPE_CHECKING:
@@ -118,6 +119,7 @@ def _launch(
         SIZE=size,
         BLOCK=block,
         ROWS=rows,
+        **launch_options(),
         num_warps=min(max(rows * block // (32 * elements_per_thread), 1), 16),
     )
 
@@ -134,8 +136,11 @@ def _rms_norm_kernel(
     SIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A program norms ROWS whole rows; without a residual there is no sum either."""
+    let_next_start(EARLY)
+    await_previous(EARLY)
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)[None, :]
     held = (rows < num_rows)[:, None] & (columns < SIZE)

@@ -27,7 +27,7 @@ EPS = 1e-5
 GPU = torch.cuda.is_available()
 DTYPES = [torch.float16, torch.bfloat16]
 DOT_DTYPES = DTYPES if GPU else DTYPES[:1]  # the interpreter multiplies no bfloat16 matrices
-NUM_ROWS = (1, 2, 7, 16)
+NUM_ROWS = (1, 2, 7, 16, 17, 32)
 SHAPES = [(80, 64), (6, 48), (34, 1040)]  # N and K: whole blocks, less than one, and some more than one
 if GPU:
     SHAPES += [(6144, 4096), (1024, 3072), (37888, 3584), (4096, 11008), (30002, 1024), (1030, 18944)]

@@ -5,6 +5,7 @@ Of its own process, since the other tests have Triton's interpreter in Triton's 
 
 import json
 import random
+import re
 import struct
 import sys
 from contextlib import suppress
@@ -81,6 +82,21 @@ def missed(folder, layout, options):
     }
 
 
+def early(folder):
+    """Of each kernel that is launched early: where it waits, lets the next start and uses memory, in order."""
+    told = []
+    compile_ahead.divert_launches(lambda kernel, variant: told.append((kernel, variant)), arch=90)
+    first_steps.take_first_steps(RuntimeConfig(model=folder))
+    knobs.runtime.jit_cache_hook = None
+    memory = r"(?:ld|st|atom|red)\.[\w.]*global|cp\.async\S*\.global"
+    found = []
+    for kernel, variant in told:
+        if json.loads(variant)["options"].get("launch_pdl"):
+            ptx = kernel.preload(variant).asm["ptx"]
+            found.append((kernel.fn.__name__, re.findall(rf"griddepcontrol\.\w+|{memory}", ptx)))
+    return found
+
+
 def later():
     """Whether torch's compiler is left alone on the meta device, and what it makes in the same process afterwards."""
     with first_steps.without_device():
@@ -122,4 +138,4 @@ def launch(device):
 
 if __name__ == "__main__":
     torch.cuda.get_device_properties = lambda _device: SimpleNamespace(multi_processor_count=132)
-    json.dump({"missed": missed, "hits": hits, "later": later}[sys.argv[1]](*sys.argv[2:]), sys.stdout)
+    json.dump({"missed": missed, "hits": hits, "early": early, "later": later}[sys.argv[1]](*sys.argv[2:]), sys.stdout)

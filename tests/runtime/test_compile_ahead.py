@@ -88,6 +88,22 @@ def test_the_first_steps_launch_all_that_traffic_launches(config, layout, option
     assert not found["imports_dynamo"]
 
 
+def test_kernels_launched_early_wait_before_they_touch_what_a_step_computes(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(DENSE))
+    found = diverted("early", str(tmp_path))
+    names = {name for name, _ in found}
+    assert names == {
+        "_rms_norm_kernel", "_one_row_kernel", "_few_rows_kernel", "_norm_rotate_cache_kernel", "_decode_kernel",
+    }  # fmt: skip
+    for name, does in found:
+        before = does[: does.index("griddepcontrol.wait")]
+        assert "griddepcontrol.launch_dependents" in does, name
+        touched = [each for each in before if "launch_dependents" not in each]
+        assert len(does) > len(before) + 1, name
+        # The plan of a step is older than the first kernel that may start early.
+        assert touched == ["ld.global"] * 3 if name == "_decode_kernel" else touched == [], (name, touched)
+
+
 def test_torchs_compiler_is_not_imported_and_works_afterwards():
     assert diverted("later") == {"imported": False, "made": [1.0, 1.0]}
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from gllm_kernels import jit
 from gllm_kernels.all_reduce import MAX_RANKS, Peers, all_reduce, make_peers, takes
+from gllm_kernels.few_rows import MAX_ROWS
 
 from gllm.policy import parse_policy
 from gllm.runtime.messages import Admission, ChunkWork, Step
@@ -170,11 +171,12 @@ def first_steps(block_size: int, max_model_len: int, max_num_seqs: int) -> Itera
     yield _step(0, prompts=[(0, length, plain)], block_size=block_size)
     yield _step(1, prompts=[(min(1, last), length - 1, filtered)], decodes=[0] if last else [], block_size=block_size)
     yield _step(2, decodes=[0, 1][: last + 1], block_size=block_size)
-    # One row and few of them, which kernels of their own multiply; elsewhere a graph does.
+    # One row, few of them and twice as many, which kernels of their own multiply; elsewhere a graph does.
     yield _step(3, decodes=[0], block_size=block_size)
     yield _step(4, prompts=[(last, 2, plain)], block_size=block_size)
+    yield _step(5, prompts=[(last, min(MAX_ROWS, max_model_len - 1), plain)], block_size=block_size)
     if last >= 3:
-        yield _step(5, prompts=[(2, length, plain), (3, length - 1, plain)], decodes=[0, 1], block_size=block_size)
+        yield _step(6, prompts=[(2, length, plain), (3, length - 1, plain)], decodes=[0, 1], block_size=block_size)
 
 
 def _step(
