@@ -149,6 +149,10 @@ class Parallel:
         """KV heads one GPU holds; at least one."""
         return shape.kv_heads_on(self.tp)
 
+    def kv_token_bytes(self, shape: ModelShape) -> int:
+        """A token's keys and values of one layer on one GPU."""
+        return 2 * self.kv_heads_per_rank(shape) * shape.head_dim * shape.dtype_bytes
+
     def attention_params_per_rank(self, shape: ModelShape) -> int:
         """Weights of one layer's q, k, v and o projections on one GPU, biases left out."""
         heads = 2 * shape.num_heads // self.tp + 2 * self.kv_heads_per_rank(shape)

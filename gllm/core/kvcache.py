@@ -29,6 +29,8 @@ class BlockPool:
         self.sharing = sharing
         self.version = 0
         self.num_free = num_blocks  # can be allocated now, by eviction if need be
+        self.num_common = 0  # blocks that more than one sequence holds
+        self.num_repeats = 0  # references to them beyond one for each
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: the warmest block first
         self._block_of: dict[int, int] = {}  # hash -> block
         self._hash_of: dict[int, int] = {}  # block -> hash
@@ -65,10 +67,14 @@ class BlockPool:
         """Add one reference to each of these shared blocks."""
         references = self._references
         for block in blocks:
-            if references[block] == 0:
+            count = references[block]
+            if count == 0:
                 del self._evictable[block]
                 self.num_free -= 1
-            references[block] += 1
+            else:
+                self.num_repeats += 1
+                self.num_common += count == 1
+            references[block] = count + 1
         self.version += 1
 
     def share(self, blocks: Sequence[int], hashes: Sequence[int], start: int, stop: int) -> None:
@@ -105,6 +111,9 @@ class BlockPool:
             references[block] = count - 1
             if count == 1:
                 self._evictable[block] = None
+            else:
+                self.num_repeats -= 1
+                self.num_common -= count == 2
         self.num_free += len(self._evictable) + len(self._free) - before
         self.version += 1
 
@@ -144,6 +153,9 @@ class BlockPool:
             assert held.get(block, 0) == count, f"block {block}: {count} references, {held.get(block, 0)} holders"
             assert (count == 0) == (block in self._evictable), f"block {block} evictable with {count} references"
             assert self._block_of[self._hash_of[block]] == block, f"block {block}: hash points elsewhere"
+        repeated = [count for count in self._references.values() if count > 1]
+        assert self.num_common == len(repeated), "blocks with several holders miscounted"
+        assert self.num_repeats == sum(repeated) - len(repeated), "repeated references miscounted"
         assert len(self._block_of) == len(self._hash_of) == len(self._references), "hash tables differ"
         private = [block for block in held if block not in self._references]
         assert all(held[block] == 1 for block in private), "a private block has two holders"

@@ -40,6 +40,10 @@ def plan_batch(state: State, batch: Batch, max_tokens: int, events: list[Event])
         rotation.bring_forward(cast("Iterable[Sequence]", batch.decode))
     if num_decode:
         rotation.take(num_decode).advance(plan, pool)
+        if pool.num_repeats:
+            # Who holds them is not looked up: the plan has its share.
+            plan.decode_repeats = pool.num_repeats * pool.block_size * num_decode // state.num_running
+            plan.common_context = pool.num_common * pool.block_size
     if chunks:
         _commit_chunks(state, plan, chunks)
         num_decode += len(plan.prefilled)

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from gllm.gpu_clock import GpuClock
+    from gllm.model_shape import ModelShape
+    from gllm.parallel import Parallel
+    from gllm.sim.gpus import Gpu
 
 COMPONENTS = ("gemm", "prefill_attention", "decode_attention", "head", "all_reduce", "other", "launch")
 """Keys of `CostModel.components`. `launch` is the time a stage waits for its host to launch kernels."""
@@ -56,6 +59,14 @@ class Work(Protocol):
     @property
     def decode_context(self) -> int:
         """Tokens the decoding sequences attend to, the new one included."""
+
+    @property
+    def decode_repeats(self) -> int:
+        """Of `decode_context`, tokens in cache blocks that another decoding sequence has, too (an estimate)."""
+
+    @property
+    def common_context(self) -> int:
+        """Tokens in such blocks, each once."""
 
     @property
     def num_sampled(self) -> int:
@@ -126,6 +137,8 @@ class BatchWork:
     prefill_pairs: int = 0
     prefill_context: int = 0
     decode_context: int = 0
+    decode_repeats: int = 0
+    common_context: int = 0
     num_sampled: int = 0
 
 
@@ -152,3 +165,20 @@ def batch_work(
         decode_context=sum(lengths),
         num_sampled=len(parts) + len(lengths) if num_sampled is None else num_sampled,
     )
+
+
+def tokens_from_memory(work: Work, kept_tokens: float) -> int:
+    """Of the tokens that decodes attend to, those whose keys come from memory.
+
+    A block of several sequences comes once, as far as the L2 cache keeps it until the next one asks: `kept_tokens` of
+    a layer.
+    """
+    if not work.decode_repeats:
+        return work.decode_context
+    share = min(1.0, kept_tokens / work.common_context)
+    return work.decode_context - int(share * work.decode_repeats)
+
+
+def kept_tokens(shape: ModelShape, gpu: Gpu, parallel: Parallel) -> float:
+    """How many tokens' keys and values of a layer, on one rank, half of the L2 cache holds: the rest streams by."""
+    return gpu.l2_bytes / 2 / parallel.kv_token_bytes(shape)

@@ -19,6 +19,7 @@ class Gpu:
 
     name: str
     memory_bytes: int
+    l2_bytes: int
     bandwidth_bytes_per_s: int
     bf16_flop_per_s: int
     link_bytes_per_s: int  # one direction
@@ -34,10 +35,13 @@ _NVLINK_ALL_REDUCE_NS, _NVLINK_SEND_NS = 4_400, 40_000
 _PCIE_ALL_REDUCE_NS, _PCIE_SEND_NS = 50_000, 45_000
 
 
-def _nvlink(name: str, *, memory_mib: int, bandwidth_gb: int, tflops: int, link_gb: int, source: str) -> Gpu:
+def _nvlink(
+    name: str, *, memory_mib: int, l2_mib: int, bandwidth_gb: int, tflops: int, link_gb: int, source: str
+) -> Gpu:
     return Gpu(
         name=name,
         memory_bytes=memory_mib * _MIB,
+        l2_bytes=l2_mib * _MIB,
         bandwidth_bytes_per_s=bandwidth_gb * _GB,
         bf16_flop_per_s=tflops * _TFLOP,
         link_bytes_per_s=link_gb * _GB,
@@ -47,10 +51,11 @@ def _nvlink(name: str, *, memory_mib: int, bandwidth_gb: int, tflops: int, link_
     )
 
 
-def _pcie4(name: str, *, memory_mib: int, bandwidth_gb: int, tflops: float, source: str) -> Gpu:
+def _pcie4(name: str, *, memory_mib: int, l2_mib: int, bandwidth_gb: int, tflops: float, source: str) -> Gpu:
     return Gpu(
         name=name,
         memory_bytes=memory_mib * _MIB,
+        l2_bytes=l2_mib * _MIB,
         bandwidth_bytes_per_s=bandwidth_gb * _GB,
         bf16_flop_per_s=int(tflops * _TFLOP),
         link_bytes_per_s=32 * _GB,  # Gen4 x16: 64 GB/s both ways
@@ -65,6 +70,7 @@ GPUS: dict[str, Gpu] = {
     "h200": _nvlink(
         "h200",
         memory_mib=143_771,
+        l2_mib=60,
         bandwidth_gb=4800,
         tflops=989,
         link_gb=450,
@@ -73,6 +79,7 @@ GPUS: dict[str, Gpu] = {
     "h100": _nvlink(
         "h100",
         memory_mib=81_559,
+        l2_mib=50,
         bandwidth_gb=3350,
         tflops=989,
         link_gb=450,
@@ -81,6 +88,7 @@ GPUS: dict[str, Gpu] = {
     "a100-40g": _nvlink(
         "a100-40g",
         memory_mib=40_960,
+        l2_mib=40,
         bandwidth_gb=1555,
         tflops=312,
         link_gb=300,
@@ -89,6 +97,7 @@ GPUS: dict[str, Gpu] = {
     "a100-80g": _nvlink(
         "a100-80g",
         memory_mib=81_920,
+        l2_mib=40,
         bandwidth_gb=2039,
         tflops=312,
         link_gb=300,
@@ -97,6 +106,7 @@ GPUS: dict[str, Gpu] = {
     "a800": _nvlink(
         "a800",
         memory_mib=81_920,
+        l2_mib=40,
         bandwidth_gb=2039,
         tflops=312,
         link_gb=200,
@@ -105,6 +115,7 @@ GPUS: dict[str, Gpu] = {
     "b200": _nvlink(
         "b200",
         memory_mib=183_359,
+        l2_mib=126,
         bandwidth_gb=8000,
         tflops=2250,
         link_gb=900,
@@ -113,6 +124,7 @@ GPUS: dict[str, Gpu] = {
     "l20": _pcie4(
         "l20",
         memory_mib=46_068,
+        l2_mib=96,
         bandwidth_gb=864,
         tflops=119.5,
         source="NVIDIA L20 product brief",
@@ -120,6 +132,7 @@ GPUS: dict[str, Gpu] = {
     "l40s": _pcie4(
         "l40s",
         memory_mib=46_068,
+        l2_mib=96,
         bandwidth_gb=864,
         tflops=362.05,
         source="NVIDIA L40S data sheet (733 TFLOP/s is with sparsity)",
@@ -127,6 +140,7 @@ GPUS: dict[str, Gpu] = {
     "l4": _pcie4(
         "l4",
         memory_mib=23_034,
+        l2_mib=48,
         bandwidth_gb=300,
         tflops=121,
         source="NVIDIA L4 data sheet (242 TFLOP/s is with sparsity)",
@@ -134,6 +148,7 @@ GPUS: dict[str, Gpu] = {
     "rtx-4090": _pcie4(
         "rtx-4090",
         memory_mib=24_564,
+        l2_mib=72,
         bandwidth_gb=1008,
         tflops=165.2,
         source="NVIDIA Ada GPU architecture white paper, GeForce RTX 4090 (32-bit accumulation)",

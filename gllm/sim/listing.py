@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from gllm.sim.profile import Profile
 
-_GIB = 1 << 30
+_GIB, _MIB = 1 << 30, 1 << 20
 
 
 def traces(_: Namespace) -> int:
@@ -62,11 +62,12 @@ def gpus(_: Namespace) -> int:
 
     _print(
         "GPUs",
-        ("name", ">GiB", ">GB/s", ">bf16 TFLOP/s", ">link GB/s", "source"),
+        ("name", ">GiB", ">L2 MiB", ">GB/s", ">bf16 TFLOP/s", ">link GB/s", "source"),
         (
             (
                 gpu.name,
                 f"{gpu.memory_bytes / _GIB:.0f}",
+                f"{gpu.l2_bytes / _MIB:.0f}",
                 f"{gpu.bandwidth_bytes_per_s / 1e9:,.0f}",
                 f"{gpu.bf16_flop_per_s / 1e12:,.0f}",
                 f"{gpu.link_bytes_per_s / 1e9:.0f}",

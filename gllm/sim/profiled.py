@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from gllm.graph_sizes import padded
 from gllm.parallel import Parallel
 from gllm.sim.constants import RooflineConstants
-from gllm.sim.cost import COMPONENTS, Load
+from gllm.sim.cost import COMPONENTS, Load, kept_tokens, tokens_from_memory
 from gllm.sim.gpus import GPUS
 from gllm.sim.interpolation import Curve, Sheet, look_up, look_up_padded
 from gllm.sim.prefill_attention import PrefillAttention
@@ -66,6 +66,7 @@ class Profiled:
         self._profile = self._on_gpu(profile, shape, gpu, parallel, constants)
         self._num_layers = [stage.num_layers for stage in parallel.stages(shape)]
         self._all_layers = profile.num_layers
+        self._kept_tokens = kept_tokens(shape, gpu, parallel)
         self.clock = self._profile.clock
         if parallel.pp > 1 and profile.transfer is None:
             self._note("transfers between stages are the roofline's: the profile was made with one stage")
@@ -199,7 +200,7 @@ class Profiled:
         if work.num_prefill_tokens:
             return self._chunked_parts(work)
         base_ns, attention_ns, head_ns = self._decode(work.num_decode_tokens)
-        return base_ns, attention_ns(work.decode_context), 0.0, head_ns
+        return base_ns, attention_ns(tokens_from_memory(work, self._kept_tokens)), 0.0, head_ns
 
     def _power(self, sizes: Sequence[int], base_ns: Callable[[int], float], num: int) -> float:
         """Of a step's base: the rate of its tokens, those of its padding too, by the best rate."""
@@ -211,7 +212,7 @@ class Profiled:
         """Of all layers: the tokens' share, decodes, prefill attention; and the head."""
         num_decode, decode_ns = work.num_decode_tokens, 0.0
         if num_decode:
-            context = work.decode_context
+            context = tokens_from_memory(work, self._kept_tokens)
             decode_ns = self._mixed(num_decode)(context) + self._decode_attention(num_decode)(context)
         num_tokens = work.num_prefill_tokens + num_decode
         base_ns, head_ns = self._tokens_ns(num_tokens), self._head_ns(work.num_sampled)

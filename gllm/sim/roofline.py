@@ -7,7 +7,7 @@ With T tokens in the batch, of one layer on one GPU and in bytes and operations:
     projection of p weights      max(2*p*T / FLOP/s, (weights + activations*T) / bytes/s)
     experts, E of them, k each   as above; expected number of experts read E*(1 - (1 - k/E)^T)
     prefill attention            max(4*heads*head_dim*pairs / FLOP/s, KV read once for each chunk / bytes/s)
-    decode attention             KV of all contexts / bytes/s
+    decode attention             KV of all contexts, of blocks in common once / bytes/s
     all-reduce, two per layer    latency + 2*(tp - 1)/tp * activations / link bytes/s
 
 Short steps run as CUDA graphs (`gllm.graph_sizes`, as the runtime captures them): T is then the next captured size,
@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from gllm.graph_sizes import MAX_TOKENS, graph_sizes, padded, token_graph_sizes
 from gllm.parallel import Parallel
 from gllm.sim.constants import RooflineConstants
-from gllm.sim.cost import COMPONENTS
+from gllm.sim.cost import COMPONENTS, kept_tokens, tokens_from_memory
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -209,7 +209,8 @@ class Roofline:
     def _prepare_attention(self, shape: ModelShape, gpu: Gpu, parallel: Parallel) -> None:
         """Nanoseconds per query-key pair, cached token and query of one layer."""
         constants, query = self._constants, shape.num_heads * shape.head_dim // parallel.tp
-        kv_bytes = 2 * parallel.kv_heads_per_rank(shape) * shape.head_dim * shape.dtype_bytes
+        kv_bytes = parallel.kv_token_bytes(shape)
+        self._kept_tokens = kept_tokens(shape, gpu, parallel)
         query_bytes = 2 * query * shape.dtype_bytes  # the query read, the output written
         byte_ns = 1e9 / (gpu.bandwidth_bytes_per_s * constants.decode_attention_efficiency)
         self._decode_key_ns, self._decode_query_ns = kv_bytes * byte_ns, query_bytes * byte_ns
@@ -236,6 +237,10 @@ class Roofline:
             for kind, floor_ns in zip(self._kinds, floors_ns, strict=True)
         ]
 
+    def _decode_attention_ns(self, work: Work) -> float:
+        num_keys = tokens_from_memory(work, self._kept_tokens)
+        return num_keys * self._decode_key_ns + work.num_decode_tokens * self._decode_query_ns
+
     def _prefill_attention_ns(self, work: Work) -> float:
         compute_ns = work.prefill_pairs * self._pair_ns
         memory_ns = work.prefill_context * self._prefill_key_ns + work.num_prefill_tokens * self._prefill_query_ns
@@ -244,7 +249,7 @@ class Roofline:
     def stage_ns(self, work: Work) -> Sequence[int]:
         """How long each stage computes."""
         prefill, decode = work.num_prefill_tokens, work.num_decode_tokens
-        attention_ns = work.decode_context * self._decode_key_ns + decode * self._decode_query_ns
+        attention_ns = self._decode_attention_ns(work)
         if prefill:
             attention_ns += self._prefill_attention_ns(work)
             rows = self._chunked_ns(prefill + decode)
@@ -278,11 +283,10 @@ class Roofline:
         prefill, decode = work.num_prefill_tokens, work.num_decode_tokens
         num_computed, in_graph = _in_graph(prefill + decode, self._chunked_sizes if prefill else self._decode_sizes)
         gemm, all_reduce, other = self._token_parts(num_computed, kind)
-        decode_ns = work.decode_context * self._decode_key_ns + decode * self._decode_query_ns
         parts = {
             "gemm": gemm,
             "prefill_attention": self._prefill_attention_ns(work) * kind.num_layers,
-            "decode_attention": decode_ns * kind.num_layers,
+            "decode_attention": self._decode_attention_ns(work) * kind.num_layers,
             "all_reduce": all_reduce,
             "other": other,
         }

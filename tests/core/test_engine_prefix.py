@@ -168,3 +168,17 @@ def test_a_recomputed_prefix_is_shared_again():
     shell.turn((request(2, prompt=16, block_hashes=HASHES), 9))
     view = shell.engine.view
     assert [view.cached_tokens(sequence) for sequence in view.waiting] == [12]
+
+
+def test_plans_know_how_much_their_decodes_have_in_common():
+    shell = Shell("sarathi", limits(max_in_flight=1))
+    said = [shell.turn((request(0, prompt=16, block_hashes=HASHES), 9))]
+    said += [shell.turn(num_results=1)]  # its four blocks can be found from here on
+    others = [(request(key, prompt=20, block_hashes=(*HASHES, key)), 3) for key in (11, 12)]
+    said += [shell.turn(*others, num_results=1)]
+    said += [shell.turn(num_results=1) for _ in range(6)]
+    shell.drain()
+    found = [(plan.num_decode_tokens, plan.decode_repeats, plan.common_context) for turn in said for plan in turn.plans]
+    # Four blocks of four tokens, which two more sequences hold: a third of eight repeats while only one decodes.
+    assert found[:4] == [(0, 0, 0), (1, 0, 0), (1, 10, 16), (3, 32, 16)]
+    assert found[-1] == (1, 0, 0)

@@ -257,6 +257,24 @@ def test_a_pool_that_does_not_share_publishes_nothing():
     assert pool.match([1, 2], 2) == []
 
 
+def test_what_several_hold_is_counted():
+    pool = BlockPool(4, 4)
+    blocks = shared(pool, [1, 2])
+    assert (pool.num_common, pool.num_repeats) == (0, 0)
+    pool.release(blocks, 2)
+    pool.acquire(blocks)
+    assert (pool.num_common, pool.num_repeats) == (0, 0)  # one holder again
+    pool.acquire(blocks[:1])
+    pool.acquire(blocks)
+    assert (pool.num_common, pool.num_repeats) == (2, 3)
+    pool.release(blocks[:1], 1)
+    assert (pool.num_common, pool.num_repeats) == (2, 2)
+    pool.release(blocks, 2)
+    assert (pool.num_common, pool.num_repeats) == (0, 0)
+    pool.release(blocks, 2)
+    assert pool.num_free == 4
+
+
 def lose_a_block(_, blocks):
     return blocks[1:]
 
@@ -282,7 +300,23 @@ def drop_a_reference(pool, blocks):
     return blocks
 
 
-@pytest.mark.parametrize("damage", [lose_a_block, free_a_held_block, free_twice, hold_twice, drop_a_reference])
+def miscount_common_blocks(pool, blocks):
+    pool.num_common += 1
+    return blocks
+
+
+def miscount_repeats(pool, blocks):
+    pool.num_repeats += 1
+    return blocks
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(lose_a_block, free_a_held_block, free_twice, hold_twice, drop_a_reference),
+        *(miscount_common_blocks, miscount_repeats),
+    ],
+)
 def test_check_invariants_notices(damage):
     pool = BlockPool(4, 4)
     table = damage(pool, pool.allocate(2))
