@@ -180,11 +180,14 @@ def bytes_read(stage: Stage, size: int, context: int) -> int:
 
 
 def by_kind(spans: Sequence[Span]) -> dict[str, float]:
-    """Microseconds a step in kernels of each kind, and between kernels."""
+    """Microseconds a step in kernels of each kind, and between kernels.
+
+    A kernel that was launched early waits for the one before it: until that has ended, the time is that one's.
+    """
     found = dict.fromkeys([*(kind for kind, _ in KINDS), "other", "gaps"], 0.0)
     last = spans[0].start
     for span in spans:
-        found[kind_of(span.name)] += span.end - span.start
+        found[kind_of(span.name)] += max(0.0, span.end - max(span.start, last))
         found["gaps"] += max(0.0, span.start - last)
         last = max(last, span.end)
     return {kind: round(us / NUM_PROFILED, 1) for kind, us in found.items()}

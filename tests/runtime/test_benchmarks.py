@@ -26,7 +26,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 sys.path.insert(0, str(BENCHMARKS))
 try:
-    from decode_step import NUM_PROFILED, Batch, Span
+    from decode_step import NUM_PROFILED, Batch, Span, by_kind
     from edges import SENT_ROWS, STEP_ROWS, combine
     from engines.gllm import with_budget
     from latency import bytes_per_step
@@ -168,6 +168,17 @@ def test_products_are_told_apart():
     assert [(each["product"], each["us"]) for each in found] == list(zip(PRODUCTS, (10, 20, 30, 40), strict=True))
     assert found[3]["tflop_per_s"] == pytest.approx(2 * 12288 * 4096 * 100 / 40e-6 / 1e12, abs=0.05)
     assert products(spans[:-2], shape, num_tokens=100) == []
+
+
+def test_a_kernel_that_waits_for_the_one_ahead_is_not_counted_twice():
+    spans = [
+        Span("_rms_norm_kernel", 0.0, 4.0),
+        Span("_few_rows_kernel", 1.0, 10.0),
+        Span("_decode_kernel", 12.0, 20.0),
+    ]
+    found = by_kind(spans)
+    shares = [found[kind] * NUM_PROFILED for kind in ("norm, rotary, cache", "matrix products", "attention", "gaps")]
+    assert shares == [4.0, 6.0, 8.0, 2.0]
 
 
 def test_arrivals_have_the_rate_and_the_burstiness():
