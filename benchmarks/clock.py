@@ -35,7 +35,9 @@ if TYPE_CHECKING:
 CHUNK, SHORT, LONG = 64, 16, 1000
 FEW, MANY = f"16 decodes of {LONG}", f"256 decodes of {LONG}"
 HEATING = tuple(f"{num} tokens" for num in (256, 512, 1024, 2048))
-REST_S, SECONDS = 0.4, 0.8
+REST_S, SECONDS, STEADY_SECONDS = 0.4, 0.8, 3.0
+UNEVEN = (1280, 1536, 1664, 1792)
+"""Tokens between the powers of two: whole waves of products, a little more, and a lot."""
 DRAWN = ("25 x 1024 tokens", "12 x 2048 tokens, 27 x 256 tokens", "9 x 1024 tokens beside 64")
 PREPARATION_POWER = 0.25
 """Of steps that give decodes their caches: a row for each, attention of one token."""
@@ -63,7 +65,7 @@ class Pattern(NamedTuple):
 
 def kinds() -> dict[str, Mix]:
     """Every kind of step by its name."""
-    found = {f"{num} tokens": prompts(num, CHUNK) for num in (128, 256, 512, 1024, 2048)}
+    found = {f"{num} tokens": prompts(num, CHUNK) for num in (128, 256, 512, 1024, *UNEVEN, 2048)}
     found |= {f"{num} decodes of {LONG}": decodes(num, LONG) for num in (16, 64, 256, 512)}
     found |= {f"{num} decodes of {SHORT}": decodes(num, SHORT) for num in (256, 512)}
     for num, beside in ((1024, 64), (1024, 256), (2048, 256)):
@@ -80,7 +82,9 @@ def patterns() -> list[Pattern]:
     pairs = ((256, 1), (256, 3), (512, 2), (512, 5), (1024, 2), (1024, 5), (2048, 5), (2048, 10), (2048, 20))
     among = [Pattern([(FEW, times), (f"{num} tokens", 1)]) for num, times in pairs]
     among += [Pattern([(MANY, times), (f"{num} tokens", 1)]) for num, times in ((512, 1), (1024, 1), (2048, 2))]
-    return [*in_a_row, *cooling, *among]
+    steady = [f"{num} tokens" for num in (512, 1024, *UNEVEN, 2048)] + ["2048 tokens beside 256 decodes"]
+    steadily = [Pattern([(kind, MAX_REPEATS - 1)], STEADY_SECONDS) for kind in steady]  # none that the fit has
+    return [*in_a_row, *cooling, *among, *steadily]
 
 
 def measure(folder: Path) -> dict[str, Any]:
