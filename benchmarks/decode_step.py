@@ -218,9 +218,11 @@ def draw(result: dict[str, Any], timelines: dict[int, list[Span]], path: Path) -
     axes[0].legend(ncols=5, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.45))
     for axis, (size, spans) in zip(axes[1:], timelines.items(), strict=True):
         shown = spans[:34]
+        last = shown[0].start
         for span in shown:
-            bar = [(span.start - shown[0].start, span.end - span.start)]
+            bar = [(max(span.start, last) - shown[0].start, max(0.0, span.end - max(span.start, last)))]
             axis.broken_barh(bar, (0, 1), facecolors=colours[kind_of(span.name)], edgecolor="white", linewidth=0.3)
+            last = max(last, span.end)
         axis.set(title=f"{size} sequences: inputs and the first layers", xlabel="µs", yticks=[])
     figure.savefig(path)
     plt.close(figure)
