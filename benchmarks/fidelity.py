@@ -87,7 +87,7 @@ CAUSES = """\
 - Groups `qwen3-8b_whole-blocks` and `qwen3-0.6b_whole-blocks` are of b610c9c, all on one machine: profiles hold times
   after a rest and a clock (0.6B has none: it draws too little). Steps of 8B are off by 1.1 to 1.9 % each and by -0.8 to
   +0.4 % in their sum. TTFT beyond saturation is mostly a queue, so it multiplies that.
-- Groups `qwen3-8b`, with `code` and `mooncake`, are of 10da2a5, on another machine, profile and runs in one lease: the
+- Groups `qwen3-8b`, with `code` and `mooncake`, are of 10da2a5, profile and runs on one machine, another one: the
   chunk kernel's schedule, small batches' new kernels. Steps of 2,048 tokens are 2 % longer than predicted where two
   hundred decodes are among them (Sarathi at 48/s) and 1 to 2.5 % shorter where there are few (code, Mooncake): what
   decodes take beside long chunks, after long heat, is not known well enough. Decodes alone are right to 0.6 %.

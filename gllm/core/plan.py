@@ -62,7 +62,7 @@ class Plan:
     step: int = 0  # the group's step
     num_decode_tokens: int = 0
     decode_context: int = 0  # sum of the members' lengths
-    decode_repeats: int = 0  # of these tokens, those in blocks that another member has, too: its share of all there are
+    decode_repeats: int = 0  # of these tokens, those that are in another member's blocks, too: an estimate
     common_context: int = 0  # tokens in blocks that several running sequences have, each once
     joined: Seq[Joined] = ()
     left: Seq[int] = ()  # ids

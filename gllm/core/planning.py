@@ -40,16 +40,26 @@ def plan_batch(state: State, batch: Batch, max_tokens: int, events: list[Event])
         rotation.bring_forward(cast("Iterable[Sequence]", batch.decode))
     if num_decode:
         rotation.take(num_decode).advance(plan, pool)
-        if pool.num_repeats:
-            # Who holds them is not looked up: the plan has its share.
-            plan.decode_repeats = pool.num_repeats * pool.block_size * num_decode // state.num_running
-            plan.common_context = pool.num_common * pool.block_size
+        if pool.num_repeats and num_decode > 1:
+            _note_repeats(state, plan)
     if chunks:
         _commit_chunks(state, plan, chunks)
         num_decode += len(plan.prefilled)
     plan.num_sampled = num_decode
     plan.num_free_blocks = pool.num_free
     return plan
+
+
+def _note_repeats(state: State, plan: Plan) -> None:
+    """What a plan's decodes have in common. Who holds a block is not looked up: right where all do, else an estimate.
+
+    Of n holders of everything m have m - 1 repeats for each block, of n - 1 there are.
+    """
+    pool, num_decode = state.pool, plan.num_decode_tokens
+    num_holders = state.num_running + sum(len(flying.late) for flying in state.in_flight)
+    repeats = pool.num_repeats * pool.block_size * (num_decode - 1) // (num_holders - 1)
+    plan.decode_repeats = min(repeats, plan.decode_context * (num_decode - 1) // num_decode)
+    plan.common_context = pool.num_common * pool.block_size
 
 
 def _check_batch(state: State, batch: Batch, max_tokens: int) -> int:

@@ -62,7 +62,7 @@ class Work(Protocol):
 
     @property
     def decode_repeats(self) -> int:
-        """Of `decode_context`, tokens in cache blocks that another decoding sequence has, too (an estimate)."""
+        """Of `decode_context`, tokens in blocks that other decoding sequences have, too, less one for each block."""
 
     @property
     def common_context(self) -> int:
@@ -167,16 +167,21 @@ def batch_work(
     )
 
 
-def tokens_from_memory(work: Work, kept_tokens: float) -> int:
-    """Of the tokens that decodes attend to, those whose keys come from memory.
+L2_RATE = 1.5
+"""The L2 cache gives keys so many times as fast as memory does: an assumption, on the careful side."""
 
-    A block of several sequences comes once, as far as the L2 cache keeps it until the next one asks: `kept_tokens` of
-    a layer.
+
+def tokens_from_memory(work: Work, kept_tokens: float) -> int:
+    """How many tokens' keys from memory take as long as those that decodes attend to.
+
+    A block of several sequences comes from memory once, as far as the L2 cache keeps it until the next one asks:
+    `kept_tokens` of a layer. Meanwhile that gives the others theirs, at its own rate.
     """
+    context = work.decode_context
     if not work.decode_repeats:
-        return work.decode_context
+        return context
     share = min(1.0, kept_tokens / work.common_context)
-    return work.decode_context - int(share * work.decode_repeats)
+    return max(context - int(share * work.decode_repeats), int(context / L2_RATE))
 
 
 def kept_tokens(shape: ModelShape, gpu: Gpu, parallel: Parallel) -> float:

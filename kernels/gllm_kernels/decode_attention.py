@@ -150,7 +150,7 @@ def decode_triton(
         MEMBERS=members,
         PARTS=16 // members,
         PRECISION="ieee" if q_SHE.dtype == torch.float32 else "tf32",
-        **launch_options(),
+        **launch_options(allowed=plan.for_later),
         num_warps=plan.tuning.num_warps,
         num_stages=plan.tuning.num_stages,
     )
@@ -204,7 +204,7 @@ def _decode_kernel(
     row, column, place = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, TILE)
     q_mask = (row < GROUP_SIZE)[:, None] & (column < HEAD_DIM)[None, :]
     q_offsets = (head * GROUP_SIZE + row)[:, None] * HEAD_DIM + column[None, :]
-    await_previous(EARLY)  # the plan is older: it was there before the first of a step's kernels started early
+    await_previous(EARLY)  # only now: the plan was there before the kernel ahead began (`for_later`)
     for sequence in range(first_sequence, last_sequence + 1):
         begin_tile = tl.load(bounds_ptr + sequence)
         end_tile = tl.load(bounds_ptr + sequence + 1)

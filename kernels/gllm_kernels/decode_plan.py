@@ -43,6 +43,7 @@ class DecodePlan(NamedTuple):
     counters_SK: Tensor  # int32, how many partial results are there; zero between calls
     scratch: Tensor  # float32, room for two partial results of each worker and KV head, and a weight for each element
     tuning: Tuning
+    for_later: bool = False  # a kernel that waits for all before it lies between the plan and its first use
 
 
 @lru_cache
@@ -63,6 +64,7 @@ def plan_decode(
     dtype: torch.dtype,
     num_decodes_1: Tensor | None = None,
     tuning: Tuning | None = None,
+    for_later: bool = False,
 ) -> DecodePlan:
     """Share out the keys of sequences with one query each. Nothing but S is decided on the host.
 
@@ -74,6 +76,8 @@ def plan_decode(
         head_dim: of keys and values.
         dtype: of the cache.
         tuning: instead of what suits these shapes.
+        for_later: a kernel that waits for all before it, as norms and products do, will lie between this and the first
+            attention; that may then start early.
 
     Raises:
         ValueError: no sequences, or lengths of another type.
@@ -86,7 +90,7 @@ def plan_decode(
     if num_decodes_1 is None:
         num_decodes_1 = torch.full((1,), len(kv_lens_S), dtype=torch.int32, device=kv_lens_S.device)
     (plan_triton if runs_triton(kv_lens_S) else plan_reference)(plan, kv_lens_S, num_decodes_1)
-    return plan
+    return plan._replace(for_later=for_later)
 
 
 def _empty_plan(

@@ -19,9 +19,9 @@ from functools import lru_cache
 from gllm_kernels.jit import HAS_TRITON, tl, triton
 
 
-def launch_options() -> dict[str, bool]:
+def launch_options(*, allowed: bool = True) -> dict[str, bool]:
     """Options for the launch of a kernel that has a constant EARLY, and follows the rules above where it is true."""
-    return {"EARLY": True, "launch_pdl": True} if _is_possible() else {"EARLY": False}
+    return {"EARLY": True, "launch_pdl": True} if allowed and _is_possible() else {"EARLY": False}
 
 
 @lru_cache

@@ -179,6 +179,42 @@ def test_plans_know_how_much_their_decodes_have_in_common():
     said += [shell.turn(num_results=1) for _ in range(6)]
     shell.drain()
     found = [(plan.num_decode_tokens, plan.decode_repeats, plan.common_context) for turn in said for plan in turn.plans]
-    # Four blocks of four tokens, which two more sequences hold: a third of eight repeats while only one decodes.
-    assert found[:4] == [(0, 0, 0), (1, 0, 0), (1, 10, 16), (3, 32, 16)]
+    # Four blocks of four tokens, which two more sequences hold: who decodes alone has them to itself.
+    assert found[:4] == [(0, 0, 0), (1, 0, 0), (1, 0, 0), (3, 32, 16)]
     assert found[-1] == (1, 0, 0)
+
+
+def decode_plans(shell, num_turns):
+    turns = [shell.turn(num_results=1) for _ in range(num_turns)]
+    return [plan for turn in turns for plan in turn.plans if plan.num_decode_tokens]
+
+
+def test_decodes_are_not_told_of_more_in_common_than_they_attend_to():
+    shell = Shell("sarathi:token_budget=2048", limits(num_blocks=400, max_in_flight=1, max_num_seqs=8))
+    document = tuple(range(100, 300))
+    shell.turn((request(0, prompt=804, block_hashes=document), 1))
+    shell.turn(num_results=1)
+    shell.turn(*((request(key, prompt=9), 30) for key in (1, 2)))
+    others = [(request(key, prompt=804, block_hashes=document), 9) for key in (3, 4, 5)]
+    shell.turn(*others, num_results=1)
+    some, *all_of_them = decode_plans(shell, 2)
+    shell.drain()
+    # Three of five decode, one of them with the document. With nothing looked up, two thirds of what they have repeat.
+    assert (some.num_decode_tokens, some.common_context) == (3, 800)
+    assert some.decode_repeats == some.decode_context * 2 // 3 < 800
+    assert [(plan.num_decode_tokens, plan.decode_repeats) for plan in all_of_them] == [(5, 1600)]
+
+
+def test_who_has_ended_on_the_road_still_holds_what_is_in_common():
+    shell = Shell("sarathi:token_budget=4096", limits(num_blocks=400, max_in_flight=2))
+    document = tuple(range(100, 140))
+    shell.turn((request(0, prompt=164, block_hashes=document), 20))
+    shell.turn(num_results=1)
+    others = [(request(key, prompt=164, block_hashes=document), 20) for key in range(1, 6)]
+    shell.turn(*others, num_results=1)
+    decode_plans(shell, 2)
+    turn = shell.turn(aborts=[1, 2, 3, 4], num_results=1)
+    (plan,) = turn.plans
+    assert plan.num_decode_tokens == 2
+    assert plan.decode_repeats == plan.common_context == 160  # of two, one repeats it; four have gone, and hold it yet
+    shell.drain()

@@ -253,6 +253,7 @@ class Stage:
                 head_dim=shape.head_dim,
                 dtype=self.model.dtype,
                 num_decodes_1=rows.num_decodes_1,
+                for_later=True,
             )
         if rows.num_chunks and self._backend == "triton":
             chunk_plan = plan_chunks(
