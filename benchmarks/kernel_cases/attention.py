@@ -36,6 +36,7 @@ class Batch(NamedTuple):
     name: str
     kv_lens: Sequence[int]
     query_lens: Sequence[int]
+    num_common: int = 0  # first keys, which lie in the same blocks for all
 
 
 class Inputs(NamedTuple):
@@ -62,6 +63,8 @@ DECODES = (
     Batch("64 x 1150 keys", [1150] * 64, [1] * 64),
     Batch("8 x 8192 keys", [8192] * 8, [1] * 8),
     Batch("1 x 1000 keys", [1000], [1]),
+    Batch("64 x 1150 keys, 512 in common", [1150] * 64, [1] * 64, 512),
+    Batch("64 x 4096 keys, 3072 in common", [4096] * 64, [1] * 64, 3072),
 )
 CHUNKS = (
     Batch("8 x 2048 tokens", [2048] * 8, [2048] * 8),
@@ -93,13 +96,16 @@ def draw(heads: Heads, batch: Batch) -> Inputs:
     counts = [-(-length // BLOCK_SIZE) for length in batch.kv_lens]
     blocks = torch.randperm(sum(counts), dtype=torch.int32).split(counts)
     cache_shape = (sum(counts), BLOCK_SIZE, heads.num_kv_heads, HEAD_DIM)
+    tables = torch.nn.utils.rnn.pad_sequence(list(blocks), batch_first=True)
+    num_common = batch.num_common // BLOCK_SIZE
+    tables[:, :num_common] = tables[0, :num_common].clone()
     return Inputs(
         random(sum(batch.query_lens), heads.num_heads, HEAD_DIM),
         random(cache_shape),
         random(cache_shape),
         torch.tensor([0, *batch.query_lens]).cumsum(0).int().cuda(),
         torch.tensor(batch.kv_lens, dtype=torch.int32, device="cuda"),
-        torch.nn.utils.rnn.pad_sequence(list(blocks), batch_first=True).cuda(),
+        tables.cuda(),
     )
 
 
