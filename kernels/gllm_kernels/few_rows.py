@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from gllm_kernels.early_start import await_previous, launch_options, let_next_start
-from gllm_kernels.jit import runs_triton, tl, triton
+from gllm_kernels.jit import runs_triton, shared_memory, tl, triton
 from gllm_kernels.rms_norm import rms_norm
 from gllm_kernels.silu_and_mul import silu_and_mul
 
@@ -95,6 +95,12 @@ def default_tuning(num_rows: int, num_weights: int, size: int) -> Tuning:
     return Tuning(block_n=2, block_k=1024, num_warps=4, num_stages=1)
 
 
+def fitted(tuning: Tuning, tile_rows: int, num_bytes: int) -> Tuning:
+    """With no more stages than so much shared memory holds: of each a tile of the weight and one of x, 16-bit."""
+    stage_bytes = 2 * (tuning.block_n + tile_rows) * tuning.block_k
+    return tuning._replace(num_stages=max(1, min(tuning.num_stages, num_bytes // stage_bytes)))
+
+
 def _check(
     x_MK: Tensor,
     weight_NK: Tensor,
@@ -157,7 +163,10 @@ def linear_triton(
 ) -> Tensor:
     """The kernels, of up to 32 rows (see `takes`); `tuning` in place of what suits these shapes."""
     (num_rows, size), num_weights = x_MK.shape, len(weight_NK)
+    tile_rows = TILE_ROWS if num_rows <= TILE_ROWS else MAX_ROWS
     tuning = tuning or default_tuning(num_rows, num_weights, size)
+    if num_rows > 1:
+        tuning = fitted(tuning, tile_rows, shared_memory(x_MK.device))
     if num_rows > 1 and gain_K is not None:
         x_MK, gain_K = rms_norm(x_MK, gain_K, eps), None
     num_outs = num_weights // 2 if gated else num_weights
@@ -182,7 +191,7 @@ def linear_triton(
     if num_rows == 1:
         launch(x_MK, weight_NK, gain_K=gain_K, eps=eps)
     else:
-        launch(x_MK, weight_NK, num_rows=num_rows, BLOCK_M=TILE_ROWS if num_rows <= TILE_ROWS else MAX_ROWS)
+        launch(x_MK, weight_NK, num_rows=num_rows, BLOCK_M=tile_rows)
     return out_MO
 
 

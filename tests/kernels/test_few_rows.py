@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from itertools import product
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import pytest
 import torch
-from gllm_kernels import few_rows
+from gllm_kernels import few_rows, jit
 from gllm_kernels.few_rows import (
     MAX_ROWS,
     MIN_TILED,
     Tuning,
     default_tuning,
+    fitted,
     linear,
     linear_triton,
     takes,
@@ -198,3 +200,23 @@ def test_what_does_not_fit_is_refused(device):
     ):
         with pytest.raises(ValueError, match=match):
             wrong()
+
+
+@pytest.mark.parametrize("kilobytes", [227, 163, 99, 64])
+def test_tunings_fit_what_a_gpu_has(kilobytes):
+    for num_rows, tile_rows in ((2, 16), (16, 16), (17, 32), (32, 32)):
+        for num_weights in (1024, 8192, 24576, 151936):
+            wanted = default_tuning(num_rows, num_weights, 4096)
+            found = fitted(wanted, tile_rows, kilobytes << 10)
+            stage = 2 * (found.block_n + tile_rows) * found.block_k
+            assert found.num_stages * stage <= kilobytes << 10
+            assert found.num_stages == wanted.num_stages or (found.num_stages + 1) * stage > kilobytes << 10
+            if kilobytes == 227:
+                assert found == wanted
+
+
+@pytest.mark.parametrize(("said", "found"), [({"shared_memory_per_block_optin": 101376}, 101376), ({}, 227 << 10)])
+def test_shared_memory_is_what_the_gpu_in_use_says(said, found, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(**said))
+    assert jit.shared_memory.__wrapped__(torch.device("meta")) == found
+    assert jit.shared_memory.__wrapped__(torch.device("cpu")) == 227 << 10
