@@ -39,7 +39,7 @@ from gllm.runtime.worker.groups import Neighbours
 from gllm.runtime.worker.stage import Stage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 BLOCK_SIZE = 16
 NUM_STEPS = 40
@@ -179,17 +179,22 @@ def bytes_read(stage: Stage, size: int, context: int) -> int:
     return weights + 2 * len(stage.caches) * size * context * keys[0, 0].numel() * keys.element_size()
 
 
-def by_kind(spans: Sequence[Span]) -> dict[str, float]:
-    """Microseconds a step in kernels of each kind, and between kernels.
-
-    A kernel that was launched early waits for the one before it: until that has ended, the time is that one's.
-    """
-    found = dict.fromkeys([*(kind for kind, _ in KINDS), "other", "gaps"], 0.0)
+def in_turn(spans: Sequence[Span]) -> Iterator[Span]:
+    """Of each span its own time: until the kernel ahead has ended, one that was launched early only waits."""
     last = spans[0].start
     for span in spans:
-        found[kind_of(span.name)] += max(0.0, span.end - max(span.start, last))
-        found["gaps"] += max(0.0, span.start - last)
-        last = max(last, span.end)
+        start, last = max(span.start, last), max(span.end, last)
+        yield Span(span.name, start, last)
+
+
+def by_kind(spans: Sequence[Span]) -> dict[str, float]:
+    """Microseconds a step in kernels of each kind, and between kernels."""
+    found = dict.fromkeys([*(kind for kind, _ in KINDS), "other", "gaps"], 0.0)
+    last = spans[0].start
+    for span in in_turn(spans):
+        found[kind_of(span.name)] += span.end - span.start
+        found["gaps"] += span.start - last
+        last = span.end
     return {kind: round(us / NUM_PROFILED, 1) for kind, us in found.items()}
 
 
@@ -218,11 +223,9 @@ def draw(result: dict[str, Any], timelines: dict[int, list[Span]], path: Path) -
     axes[0].legend(ncols=5, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.45))
     for axis, (size, spans) in zip(axes[1:], timelines.items(), strict=True):
         shown = spans[:34]
-        last = shown[0].start
-        for span in shown:
-            bar = [(max(span.start, last) - shown[0].start, max(0.0, span.end - max(span.start, last)))]
+        for span in in_turn(shown):
+            bar = [(span.start - shown[0].start, span.end - span.start)]
             axis.broken_barh(bar, (0, 1), facecolors=colours[kind_of(span.name)], edgecolor="white", linewidth=0.3)
-            last = max(last, span.end)
         axis.set(title=f"{size} sequences: inputs and the first layers", xlabel="µs", yticks=[])
     figure.savefig(path)
     plt.close(figure)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 COMPONENTS = ("gemm", "prefill_attention", "decode_attention", "head", "all_reduce", "other", "launch")
 """Keys of `CostModel.components`. `launch` is the time a stage waits for its host to launch kernels."""
 
+L2_RATE = 1.5
+"""The L2 cache gives keys so many times as fast as memory does: an assumption, on the careful side."""
+
 
 class Chunk(Protocol):
     """Prompt tokens [start, start + num_tokens) of one sequence."""
@@ -165,10 +168,6 @@ def batch_work(
         decode_context=sum(lengths),
         num_sampled=len(parts) + len(lengths) if num_sampled is None else num_sampled,
     )
-
-
-L2_RATE = 1.5
-"""The L2 cache gives keys so many times as fast as memory does: an assumption, on the careful side."""
 
 
 def tokens_from_memory(work: Work, kept_tokens: float) -> int:

@@ -201,7 +201,7 @@ def _decode_kernel(
     first_sequence = tl.load(spans_ptr + 2 * worker)
     last_sequence = tl.load(spans_ptr + 2 * worker + 1)
     worker_tile = worker * quota
-    row, column, place = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, TILE)
+    row, column = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     q_mask = (row < GROUP_SIZE)[:, None] & (column < HEAD_DIM)[None, :]
     q_offsets = (head * GROUP_SIZE + row)[:, None] * HEAD_DIM + column[None, :]
     await_previous(EARLY)  # only now: the plan was there before the kernel ahead began (`for_later`)
@@ -214,29 +214,10 @@ def _decode_kernel(
         table_ptr = tables_ptr + sequence * table_stride
         begin = (tl.maximum(worker_tile, begin_tile) - begin_tile) * TILE
         end = tl.minimum((tl.minimum(worker_tile + quota, end_tile) - begin_tile) * TILE, kv_len)
-
-        peak = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, WIDTH], tl.float32)
-        # A tile's blocks are looked up while the tile before it is computed.
-        blocks = tl.load(table_ptr + (begin + place) // BLOCK_SIZE, mask=begin + place < end, other=0)
-        for at in range(begin, end, TILE):
-            key = at + place
-            slots = blocks.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
-            offsets = (slots * NUM_KV_HEADS + head)[:, None] * HEAD_DIM + column[None, :]
-            mask = (key < end)[:, None] & (column < HEAD_DIM)[None, :]
-            k = tl.load(keys_ptr + offsets, mask=mask, other=0.0)
-            v = tl.load(values_ptr + offsets, mask=mask, other=0.0)
-            blocks = tl.load(table_ptr + (key + TILE) // BLOCK_SIZE, mask=key + TILE < end, other=0)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale
-            scores = tl.where((key < end)[None, :], scores, float("-inf"))
-            new_peak = tl.maximum(peak, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_peak[:, None])
-            fade = tl.exp2(peak - new_peak)
-            total = total * fade + tl.sum(weights, 1)
-            acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
-            peak = new_peak
-
+        acc, peak, total = _attend(
+            q, keys_ptr, values_ptr, table_ptr, begin, end, head, log2_scale,
+            NUM_KV_HEADS, HEAD_DIM, BLOCK_SIZE, TILE, ROWS, WIDTH, PRECISION,
+        )  # fmt: skip
         first_worker = begin_tile // quota
         num_parts = (end_tile - 1) // quota - first_worker + 1
         result = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # no keys: nothing was added up
@@ -258,6 +239,50 @@ def _decode_kernel(
                     out_ptr + sequence_offset, scratch_ptr, weights_ptr, first_worker, num_parts, head,
                     NUM_KV_HEADS, GROUP_SIZE, HEAD_DIM, WIDTH, MEMBERS, PARTS,
                 )  # fmt: skip
+
+
+@triton.jit
+def _attend(
+    q,
+    keys_ptr,
+    values_ptr,
+    table_ptr,
+    begin,
+    end,
+    head,
+    log2_scale,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """What queries see of keys [begin, end): values weighed by 2^(score - peak), those peaks, the sums of weights."""
+    column, place = tl.arange(0, WIDTH), tl.arange(0, TILE)
+    peak = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    # A tile's blocks are looked up while the tile before it is computed.
+    blocks = tl.load(table_ptr + (begin + place) // BLOCK_SIZE, mask=begin + place < end, other=0)
+    for at in range(begin, end, TILE):
+        key = at + place
+        slots = blocks.to(tl.int64) * BLOCK_SIZE + key % BLOCK_SIZE
+        offsets = (slots * NUM_KV_HEADS + head)[:, None] * HEAD_DIM + column[None, :]
+        mask = (key < end)[:, None] & (column < HEAD_DIM)[None, :]
+        k = tl.load(keys_ptr + offsets, mask=mask, other=0.0)
+        v = tl.load(values_ptr + offsets, mask=mask, other=0.0)
+        blocks = tl.load(table_ptr + (key + TILE) // BLOCK_SIZE, mask=key + TILE < end, other=0)
+        scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * log2_scale
+        scores = tl.where((key < end)[None, :], scores, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(scores, 1))
+        weights = tl.exp2(scores - new_peak[:, None])
+        fade = tl.exp2(peak - new_peak)
+        total = total * fade + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision=PRECISION)
+        peak = new_peak
+    return acc, peak, total
 
 
 @triton.jit

@@ -5,7 +5,8 @@ is hundreds of kernels. A kernel launched early has its programs take the places
 
 Two rules make that safe, whatever the order on the device:
 - every program of such a kernel calls `await_previous` before it touches anything that a step computes. Then the kernel
-  ahead has ended; and since that waited likewise, so have all before it;
+  ahead has ended; and since that waited likewise, so have all before it. What was there before the kernel ahead could
+  begin, as a plan made for later, may be read at once;
 - a kernel that is not launched early starts after all others, as ever.
 
 `let_next_start` is a hint. Small kernels give it at once; products when they have read their weights, since programs

@@ -167,8 +167,8 @@ def linear_triton(
     tuning = tuning or default_tuning(num_rows, num_weights, size)
     if num_rows > 1:
         tuning = fitted(tuning, tile_rows, shared_memory(x_MK.device))
-    if num_rows > 1 and gain_K is not None:
-        x_MK, gain_K = rms_norm(x_MK, gain_K, eps), None
+        if gain_K is not None:
+            x_MK, gain_K = rms_norm(x_MK, gain_K, eps), None
     num_outs = num_weights // 2 if gated else num_weights
     block_n = max(tuning.block_n, 2) if gated else tuning.block_n
     num_programs = -(-num_outs // (block_n // 2 if gated else block_n))
