@@ -24,7 +24,7 @@ from record import OUT, RUNTIME_PACKAGES, describe_run, show_table, slug, write_
 from gllm.console.parser import Parser
 from gllm.console.terminal import say
 from gllm.runtime.profile.clock import Kind, Step, errors, fit
-from gllm.runtime.profile.steps import MAX_REPEATS, Mix, StepMaker, decodes, prompts
+from gllm.runtime.profile.steps import MAX_REPEATS, Mix, StepMaker, chunks, decodes, prompts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 CHUNK, SHORT, LONG = 64, 16, 1000
 FEW, MANY = f"16 decodes of {LONG}", f"256 decodes of {LONG}"
 HEATING = tuple(f"{num} tokens" for num in (256, 512, 1024, 2048))
+LATE = 8192
 REST_S, SECONDS, STEADY_SECONDS = 0.4, 0.8, 3.0
 UNEVEN = (1280, 1536, 1664, 1792)
 """Tokens between the powers of two: whole waves of products, a little more, and a lot."""
@@ -68,6 +69,7 @@ def kinds() -> dict[str, Mix]:
     found = {f"{num} tokens": prompts(num, CHUNK) for num in (128, 256, 512, 1024, *UNEVEN, 2048)}
     found |= {f"{num} decodes of {LONG}": decodes(num, LONG) for num in (16, 64, 256, 512)}
     found |= {f"{num} decodes of {SHORT}": decodes(num, SHORT) for num in (256, 512)}
+    found |= {f"{num} tokens after {LATE}": chunks(1, LATE, num) for num in (512, 2048)}
     for num, beside in ((1024, 64), (1024, 256), (2048, 256)):
         found[f"{num} tokens beside {beside} decodes"] = replace(prompts(num, CHUNK), contexts=(LONG,) * beside)
     return found
@@ -82,8 +84,10 @@ def patterns() -> list[Pattern]:
     pairs = ((256, 1), (256, 3), (512, 2), (512, 5), (1024, 2), (1024, 5), (2048, 5), (2048, 10), (2048, 20))
     among = [Pattern([(FEW, times), (f"{num} tokens", 1)]) for num, times in pairs]
     among += [Pattern([(MANY, times), (f"{num} tokens", 1)]) for num, times in ((512, 1), (1024, 1), (2048, 2))]
-    steady = [f"{num} tokens" for num in (512, 1024, *UNEVEN, 2048)] + ["2048 tokens beside 256 decodes"]
+    steady = [f"{num} tokens" for num in (256, 512, 1024, *UNEVEN, 2048)] + ["2048 tokens beside 256 decodes"]
+    steady += [f"{num} tokens after {LATE}" for num in (512, 2048)]
     steadily = [Pattern([(kind, MAX_REPEATS - 1)], STEADY_SECONDS) for kind in steady]  # none that the fit has
+    steadily += [Pattern([("2048 tokens", 4), (FEW, times)], STEADY_SECONDS) for times in (9, 27, 54)]
     return [*in_a_row, *cooling, *among, *steadily]
 
 
@@ -110,7 +114,8 @@ def measure(folder: Path) -> dict[str, Any]:
         found: dict[str, Any] = {"gpu": device, "kinds": {}, "patterns": []}
         for name, mix in mixes.items():
             session.rest(REST_S)  # small steps do not by themselves
-            alone = replace(mix, contexts=()) if mix.chunks else decodes(len(mix.contexts), SHORT)
+            fresh = sum(num for _, num in mix.chunks)
+            alone = prompts(fresh, CHUNK) if fresh else decodes(len(mix.contexts), SHORT)
             layers_ns, base_ns = (measure_mix(session, maker, each, rests=True).layers_ns for each in (mix, alone))
             if mix.chunks and mix.contexts:  # its base has as many tokens, not only those of its chunks
                 base_ns = layers_ns - attention_ns(found["kinds"], len(mix.contexts))
