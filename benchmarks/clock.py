@@ -23,25 +23,33 @@ from record import OUT, RUNTIME_PACKAGES, describe_run, show_table, slug, write_
 
 from gllm.console.parser import Parser
 from gllm.console.terminal import say
-from gllm.runtime.profile.clock import Kind, Step, errors, fit
+from gllm.runtime.profile.clock import make_kind
+from gllm.runtime.profile.clock_fit import Step, errors, fit
 from gllm.runtime.profile.steps import MAX_REPEATS, Mix, StepMaker, chunks, decodes, prompts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from gllm.gpu_clock import GpuClock
+    from gllm.runtime.profile.clock_fit import Kind
     from gllm.runtime.profile.session import Session
 
 CHUNK, SHORT, LONG = 64, 16, 1000
 FEW, MANY = f"16 decodes of {LONG}", f"256 decodes of {LONG}"
-HEATING = tuple(f"{num} tokens" for num in (256, 512, 1024, 2048))
 LATE = 8192
 REST_S, SECONDS, STEADY_SECONDS = 0.4, 0.8, 3.0
 UNEVEN = (1280, 1536, 1664, 1792)
 """Tokens between the powers of two: whole waves of products, a little more, and a lot."""
+LARGEST, TURN = 2048, 9
+ALONE = tuple(f"{num} tokens" for num in (128, 256, 512, 1024, *UNEVEN, LARGEST))
+SHORT_DECODES = tuple(f"{num} decodes of {SHORT}" for num in (256, 512))
+HEATED = ("512 tokens", f"{LARGEST} tokens")
 DRAWN = ("25 x 1024 tokens", "12 x 2048 tokens, 27 x 256 tokens", "9 x 1024 tokens beside 64")
-PREPARATION_POWER = 0.25
-"""Of steps that give decodes their caches: a row for each, attention of one token."""
+PREPARED = 64
+"""Tokens of steps that give decodes their caches: a row for each."""
+
+HEAD_NS = 2_000_000
+"""What stands between steps is the head; or more, and then there was nothing to do."""
 
 
 class Pattern(NamedTuple):
@@ -57,19 +65,21 @@ class Pattern(NamedTuple):
 
     @property
     def is_fitted(self) -> bool:
-        """Whether the clock is fitted to it: `profile` has prompts in a row, then few decodes, and many long ones."""
+        """Whether the clock is fitted to it, which is what `profile` plays, too."""
         (first, times), *rest = self.parts
+        if self.seconds == STEADY_SECONDS:
+            return first in HEATED and self.parts[1:] in ([], [(FEW, TURN)])
         if times < MAX_REPEATS or [kind for kind, _ in rest] not in ([], [FEW]):
             return False
-        return first == MANY or first in HEATING
+        return first in ALONE or (not rest and first in {MANY, SHORT_DECODES[0], f"{LARGEST} tokens after {LATE}"})
 
 
 def kinds() -> dict[str, Mix]:
     """Every kind of step by its name."""
-    found = {f"{num} tokens": prompts(num, CHUNK) for num in (128, 256, 512, 1024, *UNEVEN, 2048)}
+    found = {name: prompts(int(name.split()[0]), CHUNK) for name in ALONE}
     found |= {f"{num} decodes of {LONG}": decodes(num, LONG) for num in (16, 64, 256, 512)}
-    found |= {f"{num} decodes of {SHORT}": decodes(num, SHORT) for num in (256, 512)}
-    found |= {f"{num} tokens after {LATE}": chunks(1, LATE, num) for num in (512, 2048)}
+    found |= {name: decodes(int(name.split()[0]), SHORT) for name in SHORT_DECODES}
+    found |= {f"{num} tokens after {LATE}": chunks(1, LATE, num) for num in (512, LARGEST)}
     for num, beside in ((1024, 64), (1024, 256), (2048, 256)):
         found[f"{num} tokens beside {beside} decodes"] = replace(prompts(num, CHUNK), contexts=(LONG,) * beside)
     return found
@@ -84,10 +94,10 @@ def patterns() -> list[Pattern]:
     pairs = ((256, 1), (256, 3), (512, 2), (512, 5), (1024, 2), (1024, 5), (2048, 5), (2048, 10), (2048, 20))
     among = [Pattern([(FEW, times), (f"{num} tokens", 1)]) for num, times in pairs]
     among += [Pattern([(MANY, times), (f"{num} tokens", 1)]) for num, times in ((512, 1), (1024, 1), (2048, 2))]
-    steady = [f"{num} tokens" for num in (256, 512, 1024, *UNEVEN, 2048)] + ["2048 tokens beside 256 decodes"]
+    steady = [f"{num} tokens" for num in (256, 512, 1024, *UNEVEN, LARGEST)] + ["2048 tokens beside 256 decodes"]
     steady += [f"{num} tokens after {LATE}" for num in (512, 2048)]
     steadily = [Pattern([(kind, MAX_REPEATS - 1)], STEADY_SECONDS) for kind in steady]  # none that the fit has
-    steadily += [Pattern([("2048 tokens", 4), (FEW, times)], STEADY_SECONDS) for times in (9, 27, 54)]
+    steadily += [Pattern([(f"{LARGEST} tokens", 4), (FEW, times)], STEADY_SECONDS) for times in (TURN, 27, 54)]
     return [*in_a_row, *cooling, *among, *steadily]
 
 
@@ -125,7 +135,7 @@ def measure(folder: Path) -> dict[str, Any]:
                 continue
             session.rest(REST_S)
             rows = list(played(session, maker, mixes, pattern))
-            found["patterns"].append({"name": pattern.name, "is_fitted": pattern.is_fitted, "steps": rows})
+            found["patterns"].append({"name": pattern.name, "steps": rows})
             say(f"{pattern.name}: {len(rows)} steps")
     return found
 
@@ -157,32 +167,40 @@ def series_of(found: Mapping[str, Any]) -> list[list[Step]]:
     """The patterns of a file as the fit takes them."""
     prompts_alone = [kind for name, kind in found["kinds"].items() if "decodes" not in name]
     best_rate = max(kind["num_tokens"] / kind["layers_ns"] for kind in prompts_alone)
-    known = {
-        name: Kind.of(kind["num_tokens"], kind["base_ns"], kind["layers_ns"], best_rate)
-        for name, kind in found["kinds"].items()
-    }
+    known = {name: kind_of(name, kind, best_rate) for name, kind in found["kinds"].items()}
     series = []
     for pattern in found["patterns"]:
         steps, last_ns = [], 0
         for name, start_ns, took_ns in pattern["steps"]:
-            what = known[name] if name else Kind(took_ns, took_ns, PREPARATION_POWER, 0.0)
-            steps.append(Step(what, max(0, start_ns - last_ns), took_ns, counts=name is not None))
+            what = known[name] if name else make_kind(PREPARED, took_ns, took_ns, best_rate, has_chunks=True)
+            idle_ns = start_ns - last_ns if start_ns > last_ns + HEAD_NS else 0
+            steps.append(Step(what, idle_ns, took_ns, counts=name is not None))
             last_ns = start_ns + took_ns
         series.append(steps)
     return series
 
 
+def kind_of(name: str, kind: Mapping[str, int], best_rate: float) -> Kind:
+    """One of a file, as the fit takes it; beside decodes chunks attend to nothing before them."""
+    has_chunks, has_decodes, layers_ns = "tokens" in name, "decodes" in name, kind["layers_ns"]
+    base_ns = layers_ns if name in {*ALONE, *SHORT_DECODES} else kind["base_ns"]  # the same, measured twice
+    found = make_kind(kind["num_tokens"], base_ns, layers_ns, best_rate, has_chunks=not has_decodes)
+    return found._replace(has_chunks=has_chunks)
+
+
 def judge(found: Mapping[str, Any]) -> tuple[GpuClock | None, list[list[str]], dict[str, float]]:
     """The clock that fits, a row for each pattern, and the mean absolute error by what was and was not fitted."""
     series = series_of(found)
-    is_fitted = [pattern["is_fitted"] for pattern in found["patterns"]]
-    clock = fit([steps for steps, fitted in zip(series, is_fitted, strict=True) if fitted])
-    if clock is None:
+    names = {pattern.name for pattern in patterns() if pattern.is_fitted}
+    is_fitted = [pattern["name"] in names for pattern in found["patterns"]]
+    best = fit([steps for steps, fitted in zip(series, is_fitted, strict=True) if fitted])
+    if best is None:
         return None, [], {}
+    clock = best.clock
     rows, means = [], defaultdict(list)
-    for pattern, steps in zip(found["patterns"], series, strict=True):
-        which, figures = "fitted" if pattern["is_fitted"] else "unseen", []
-        for name, each in (("without", replace(clock, slowdown=0.0)), ("with", clock)):
+    for pattern, fitted, steps in zip(found["patterns"], is_fitted, series, strict=True):
+        which, figures = "fitted" if fitted else "unseen", []
+        for name, each in (("without", replace(clock, limits=())), ("with", clock)):
             off = errors(each, [steps])
             means[f"{which}, {name}"].append(fmean(map(abs, off)))
             figures += [f"{100 * fmean(off):+.2f}", f"{100 * fmean(map(abs, off)):.2f}"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gllm.chunk_schedule import ChunkKernel
-from gllm.gpu_clock import GpuClock
+from gllm.gpu_clock import GpuClock, PowerLimit
 from gllm.model_shape import ModelShape
 from gllm.parallel import Parallel
 from gllm.sim.cost import BatchWork, batch_work
@@ -210,8 +210,20 @@ def _room(top: Fields) -> StepRoom:
 
 
 def _clock(part: Fields) -> GpuClock:
-    names = ("slowdown", "knee", "attention")
-    return GpuClock(tau_ns=part.whole("tau_ns", 1), **{name: part.share(name) for name in names})
+    """Older files have one limit, without a list, and take power from rates alone."""
+    limits = [part] if part.is_absent("limits") else part.parts("limits")
+    found = GpuClock(limits=tuple(_limit(each) for each in limits), attention=part.share("attention"))
+    if part.is_absent("limits"):
+        return found
+    tokens, power = part.points("tokens", 1), part.numbers("power", part.get("power"))
+    if len(power) != len(tokens):
+        raise part.wrong("power", f"has {len(power)} numbers for {len(tokens)} tokens")
+    decode = None if part.is_absent("decode") else part.numbers("decode", [part.get("decode")])[0]
+    return replace(found, prefill=part.share("prefill", up_to_one=True), tokens=tokens, power=power, decode=decode)
+
+
+def _limit(part: Fields) -> PowerLimit:
+    return PowerLimit(tau_ns=part.whole("tau_ns", 1), slowdown=part.share("slowdown"), knee=part.share("knee"))
 
 
 def _parallel(part: Fields) -> Parallel:

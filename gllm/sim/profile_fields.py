@@ -71,12 +71,21 @@ class Fields:
         """A whole number from `low`."""
         return self.integers(key, [self.get(key)], low)[0]
 
-    def share(self, key: str) -> float:
-        """A number from 0 to less than 1."""
+    def share(self, key: str, *, up_to_one: bool = False) -> float:
+        """A number from 0 to less than 1, or to 1."""
         value = self.get(key)
-        if type(value) not in {int, float} or not 0 <= value < 1:
-            raise self.wrong(key, f"is {value!r}, not a number from 0 to less than 1")
+        if type(value) not in {int, float} or not 0 <= value <= 1 or (value == 1 and not up_to_one):
+            raise self.wrong(key, f"is {value!r}, not a number from 0 to {'' if up_to_one else 'less than '}1")
         return float(value)
+
+    def numbers(self, key: str, values: object) -> tuple[float, ...]:
+        """A list of numbers from 0, none of which is beyond measure."""
+        if not isinstance(values, list):
+            raise self.wrong(key, "is no list")
+        for value in values:
+            if type(value) not in {int, float} or not 0 <= value <= MAX_NS:
+                raise self.wrong(key, f"holds {value!r}, not a number from 0")
+        return tuple(map(float, values))
 
     def integers(self, key: str, values: object, low: int = 0) -> tuple[int, ...]:
         """A list of whole numbers from `low`."""

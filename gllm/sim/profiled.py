@@ -112,8 +112,8 @@ class Profiled:
         self._decode = cache(self._decode_step)
         # Both products and what a step takes grow with the model: their rate, by the best one, is one of tokens.
         self._best_rate = max((num / ns for num, ns in zip(*profile.tokens, strict=True) if ns), default=1.0)
-        self._base_power = cache(partial(self._power, profile.token_graph_sizes, self._tokens_ns))
-        self._decode_power = cache(partial(self._power, profile.graph_sizes, self._decode_ns))
+        self._base_power = cache(partial(self._power, profile.token_graph_sizes, self._tokens_ns, has_chunks=True))
+        self._decode_power = cache(partial(self._power, profile.graph_sizes, self._decode_ns, has_chunks=False))
 
     def _on_gpu(
         self, profile: Profile, shape: ModelShape, gpu: Gpu, parallel: Parallel, constants: RooflineConstants
@@ -184,7 +184,7 @@ class Profiled:
         stretched_ns = [arithmetic_ns * num_layers / self._all_layers for num_layers in self._num_layers]
         base_power = self._base_power if work.num_prefill_tokens else self._decode_power
         drawn = base_ns * base_power(work.num_prefill_tokens + work.num_decode_tokens)
-        drawn += prefill_ns + decode_ns * clock.attention
+        drawn += prefill_ns * clock.prefill + decode_ns * clock.attention
         power = min(drawn / layers_ns, 1.0) if layers_ns > 0 else 0.0  # parts may be below zero
         return Load(self._by_stage(layers_ns, head_ns), stretched_ns, power)
 
@@ -202,11 +202,14 @@ class Profiled:
         base_ns, attention_ns, head_ns = self._decode(work.num_decode_tokens)
         return base_ns, attention_ns(tokens_from_memory(work, self._kept_tokens)), 0.0, head_ns
 
-    def _power(self, sizes: Sequence[int], base_ns: Callable[[int], float], num: int) -> float:
-        """Of a step's base: the rate of its tokens, those of its padding too, by the best rate."""
+    def _power(self, sizes: Sequence[int], base_ns: Callable[[int], float], num: int, *, has_chunks: bool) -> float:
+        """Of a step's base, by the rate of its tokens, those of its padding too."""
         num_computed = padded(num, sizes) if sizes and num <= sizes[-1] else num
         time_ns = base_ns(num)
-        return min(1.0, num_computed / (time_ns * self._best_rate)) if time_ns > 0 else 0.0
+        if self.clock is None or time_ns <= 0:
+            return 0.0
+        rate = min(1.0, num_computed / (time_ns * self._best_rate))
+        return self.clock.base_power(num_computed, rate, has_chunks=has_chunks)
 
     def _chunked_parts(self, work: Work) -> tuple[float, float, float, int]:
         """Of all layers: the tokens' share, decodes, prefill attention; and the head."""

@@ -19,7 +19,7 @@ from sim.profiles import CHUNK_KERNEL, SHAPE, contents
 
 from gllm.chunk_schedule import ChunkKernel
 from gllm.core import Limits
-from gllm.gpu_clock import GpuClock, StageClock
+from gllm.gpu_clock import GpuClock, PowerLimit, StageClock
 from gllm.graph_sizes import MAX_CHUNKS
 from gllm.runtime import process
 from gllm.runtime.cli import main
@@ -476,7 +476,10 @@ class ClockedWorkers(FakeWorkers):
         attention = decode_attention_ns(mix.contexts) + bool(mix.chunks) * mixed_ns(mix.contexts)
         prefill = prefill_ns(mix.chunks) if mix.chunks else 0
         base = layers - attention - prefill
-        drawn = min(base, 20_000 * mix.num_tokens) + prefill + self.clock.attention * attention
+        drawn = base * self.clock.base_power(
+            mix.num_tokens, min(1.0, 20_000 * mix.num_tokens / base), has_chunks=bool(mix.chunks)
+        )
+        drawn += self.clock.prefill * prefill + self.clock.attention * attention
         idle_ns, depth = max(0, self.now_ns - self.last_ns), self.limits.depth
         rested_ns, stretched_ns = layers * self.slower // depth, (layers - attention) * self.slower / depth
         took = self.stage.step(idle_ns, rested_ns, stretched_ns, drawn / layers) * depth
@@ -493,28 +496,69 @@ def clocked(where, clock, monkeypatch, *, quick=False, slower=1):
 
 
 # An H200 keeps its clock for the first 45 ms; by these constants an average takes as long to the knee.
-CLOCK = GpuClock(tau_ns=120_000_000, slowdown=0.15, knee=0.4, attention=0.5)
+LIMIT = PowerLimit(tau_ns=120_000_000, slowdown=0.15, knee=0.4)
+CLOCK = GpuClock(limits=(LIMIT,), attention=0.5)
+
+
+def other_limit(**changes):
+    """`CLOCK` with another limit."""
+    return replace(CLOCK, limits=(replace(LIMIT, **changes),))
 
 
 @pytest.mark.parametrize(
     "clock",
     [
         CLOCK,
-        replace(CLOCK, tau_ns=150_000_000, slowdown=0.25),
-        replace(CLOCK, knee=0.5, attention=0.8),
-        replace(CLOCK, slowdown=0.06, attention=0.2),
+        other_limit(tau_ns=150_000_000, slowdown=0.25),
+        replace(other_limit(knee=0.5), attention=0.8),
+        replace(other_limit(slowdown=0.06), attention=0.2),
     ],
 )
 def test_a_clock_is_recovered_from_steps_in_a_row(clock, monkeypatch, tmp_path):
     found = clocked(room(max_num_seqs=100, num_blocks=8000), clock, monkeypatch, quick=True)["clock"]
-    assert found["tau_ns"] == pytest.approx(clock.tau_ns, rel=0.15)
-    assert found["slowdown"] == pytest.approx(clock.slowdown, rel=0.1)
-    assert found["knee"] == pytest.approx(clock.knee, abs=0.08)
+    (limit,), (made,) = found["limits"], clock.limits
+    assert limit["tau_ns"] == pytest.approx(made.tau_ns, rel=0.15)
+    assert limit["slowdown"] == pytest.approx(made.slowdown, rel=0.1)
+    assert limit["knee"] == pytest.approx(made.knee, abs=0.08)
     assert found["attention"] == pytest.approx(clock.attention, abs=0.12)
     assert found["mean_error"] < 0.004 < found["mean_error_without"]
     path = tmp_path / "found.json"
     path.write_text(json.dumps(contents(clock=found)))
-    assert read_profile(path).clock.tau_ns == found["tau_ns"]
+    assert read_profile(path).clock.limits[0].tau_ns == limit["tau_ns"]
+
+
+def test_a_slow_limit_is_found_in_seconds_of_steps(monkeypatch):
+    slow = PowerLimit(tau_ns=600_000_000, slowdown=0.06, knee=0.75)  # four tenths of a second leave it where it is
+    clock = GpuClock(limits=(replace(LIMIT, tau_ns=60_000_000), slow), attention=0.5)
+    found = clocked(room(max_num_seqs=100, num_blocks=8000), clock, monkeypatch, quick=True)["clock"]
+    first, second = found["limits"]
+    assert first["slowdown"] == pytest.approx(LIMIT.slowdown, rel=0.15)
+    assert second["slowdown"] == pytest.approx(slow.slowdown, rel=0.25)
+    assert 300_000_000 < second["tau_ns"] < 1_200_000_000
+    assert found["mean_error"] < 0.004 < found["mean_error_without"]
+
+
+class SizedWorkers(ClockedWorkers):
+    """Of which a size draws less than others at its rate, and so do chunks that attend to much."""
+
+    def cost(self, mix):
+        is_odd = mix.num_tokens == ODD and not any(start for start, _ in mix.chunks)
+        self.clock = replace(CLOCK, power=(0.8,) if is_odd else (1.0,), tokens=(ODD,), prefill=0.3)
+        return super().cost(mix)
+
+
+ODD = 768
+
+
+def test_a_size_that_draws_less_is_found(monkeypatch):
+    monkeypatch.setitem(globals(), "ClockedWorkers", SizedWorkers)
+    found = clocked(room(max_num_seqs=100, num_blocks=8000, max_tokens=1200), CLOCK, monkeypatch)["clock"]
+    power = dict(zip(found["tokens"], found["power"], strict=True))
+    others = [value for num, value in power.items() if num != ODD]
+    assert len(others) > 4
+    assert power[ODD] < 0.9 * min(others)
+    assert found["prefill"] == pytest.approx(0.3, abs=0.15)
+    assert found["mean_error"] < 0.005
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -530,16 +574,16 @@ def test_tables_are_those_of_a_gpu_that_is_rested(depth, monkeypatch):
 
 def test_long_steps_hold_their_own_heat_and_no_one_elses(monkeypatch):
     """A single step of a large model takes as long as a GPU keeps its clock, and longer."""
-    where, clock = room(max_tokens=2200, max_num_seqs=100, num_blocks=8000), replace(CLOCK, tau_ns=40_000_000)
+    where, clock = room(max_tokens=2200, max_num_seqs=100, num_blocks=8000), other_limit(tau_ns=40_000_000)
     found = clocked(where, clock, monkeypatch, quick=True, slower=16)
-    assert found["clock"]["slowdown"] == pytest.approx(clock.slowdown, rel=0.2)
+    assert found["clock"]["limits"][0]["slowdown"] == pytest.approx(LIMIT.slowdown, rel=0.2)
     rested = measured(where, quick=True)[1]["tokens"]["ns"]
     assert found["tokens"]["ns"] == pytest.approx([16 * time_ns for time_ns in rested], rel=0.03)
 
 
 def test_without_a_slowdown_there_is_no_clock(monkeypatch):
     for slowdown in (0.0, 0.005):
-        assert clocked(room(), replace(CLOCK, slowdown=slowdown), monkeypatch, quick=True)["clock"] is None
+        assert clocked(room(), other_limit(slowdown=slowdown), monkeypatch, quick=True)["clock"] is None
     assert measured(room(), quick=True)[1]["clock"] is None, "not on a GPU"
 
 

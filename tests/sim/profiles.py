@@ -149,7 +149,18 @@ CHUNK_KERNEL = {  # on a card of few multiprocessors: a base chunk fills half of
     "group_size": 2,
     "multiprocessors": 16,
 }
-CLOCK = {"tau_ns": 2_000_000, "slowdown": 0.2, "knee": 0.3, "attention": 0.5}
+CLOCK = {"tau_ns": 2_000_000, "slowdown": 0.2, "knee": 0.3, "attention": 0.5}  # as older files have it
+SIZED_CLOCK = {
+    "limits": [
+        {"tau_ns": 2_000_000, "slowdown": 0.2, "knee": 0.3},
+        {"tau_ns": 40_000_000, "slowdown": 0.05, "knee": 0.6},
+    ],
+    "tokens": [64, 256, 1024],
+    "power": [1.5, 0.7, 1],
+    "prefill": 0.6,
+    "decode": 1.2,
+    "attention": 0.5,
+}
 
 
 def two_stages(**changes):

@@ -16,7 +16,7 @@ from sim.recorded_runs import draw_script, record, small_limits
 from sim.twin_runs import BASE, record_run, small_trace, write_columns
 
 from gllm.console.output import FIDELITY_FILES
-from gllm.gpu_clock import GpuClock, StageClock
+from gllm.gpu_clock import GpuClock, PowerLimit, StageClock
 from gllm.parallel import Parallel
 from gllm.report.decision_log import LOG_NAME
 from gllm.report.metrics import summarize
@@ -521,7 +521,7 @@ def test_host_times_are_taken_where_they_show_by_themselves():
 class Hot(FixedCost):
     """All that it computes draws as much as can be."""
 
-    clock = GpuClock(tau_ns=1_000_000, slowdown=0.5, knee=0.0, attention=0.0)
+    clock = GpuClock(limits=(PowerLimit(tau_ns=1_000_000, slowdown=0.5, knee=0.0),), attention=0.0)
 
     def load(self, work):
         return Load([*self.stage_ns(work)], [*map(float, self.stage_ns(work))], 1.0)

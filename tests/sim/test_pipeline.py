@@ -5,11 +5,14 @@ import simpy
 from sim.costs import FixedCost
 from sim.played import POLICY_SPECS, Events, Played, tied_traffic
 
-from gllm.gpu_clock import GpuClock
+from gllm.gpu_clock import GpuClock, PowerLimit
 from gllm.sim.cost import Load
 from gllm.sim.pipeline import ProcessPipeline, recurrence
 
-CLOCK = GpuClock(tau_ns=200, slowdown=0.5, knee=0.0, attention=0.0)
+CLOCK = GpuClock(
+    limits=(PowerLimit(tau_ns=200, slowdown=0.5, knee=0.0), PowerLimit(tau_ns=2000, slowdown=0.25, knee=0.5)),
+    attention=0.0,
+)
 TINY = {"num_blocks": 60, "block_size": 4, "max_num_seqs": 24}
 
 
@@ -69,7 +72,8 @@ def test_a_clock_by_hand(pipeline):
     # in a row, a gap of 2 between them, until they take half as long again; after a rest it is as fast as the first
     env = simpy.Environment()
     loads = [Load([100_000], [100_000.0], 1.0) for _ in range(30)]
-    line = pipeline(env, 1, 0, lambda _: None, GpuClock(tau_ns=100_000, slowdown=0.5, knee=0.0, attention=0.0))
+    limit = PowerLimit(tau_ns=100_000, slowdown=0.5, knee=0.0)
+    line = pipeline(env, 1, 0, lambda _: None, GpuClock(limits=(limit,), attention=0.0))
     for number, load in enumerate(loads):
         line.submit(10**8 * (number == 29), load.stage_ns, 0, 2, 0, -1, load)
     env.run()

@@ -4,11 +4,11 @@ import json
 from dataclasses import replace
 
 import pytest
-from sim.profiles import CHUNK_KERNEL, CLOCK, SHAPE, contents, profile, two_stages, written
+from sim.profiles import CHUNK_KERNEL, CLOCK, SHAPE, SIZED_CLOCK, contents, profile, two_stages, written
 from sim.test_cli import call
 
 from gllm.chunk_schedule import ChunkKernel
-from gllm.gpu_clock import GpuClock
+from gllm.gpu_clock import GpuClock, PowerLimit
 from gllm.model_shape import load_shape
 from gllm.parallel import Parallel
 from gllm.sim import profile as profile_module
@@ -55,8 +55,15 @@ def test_what_may_be_left_out(tmp_path):
 def test_a_clock_is_read_where_there_is_one(tmp_path):
     assert profile(tmp_path).clock is profile(tmp_path, contents(clock=None)).clock is None
     found = profile(tmp_path, contents(clock={**CLOCK, "tokens": "not read"})).clock
-    assert found == GpuClock(tau_ns=2_000_000, slowdown=0.2, knee=0.3, attention=0.5)
-    assert profile(tmp_path, contents(clock={**CLOCK, "knee": 0})).clock.knee == 0.0
+    limit = PowerLimit(tau_ns=2_000_000, slowdown=0.2, knee=0.3)
+    assert found == GpuClock(limits=(limit,), attention=0.5), "an older file's"
+    assert profile(tmp_path, contents(clock={**CLOCK, "knee": 0})).clock.limits[0].knee == 0.0
+    second = PowerLimit(tau_ns=40_000_000, slowdown=0.05, knee=0.6)
+    sized = {"tokens": (64, 256, 1024), "power": (1.5, 0.7, 1.0), "prefill": 0.6, "decode": 1.2}
+    found = profile(tmp_path, contents(clock={**SIZED_CLOCK, "mean_error": "not read"})).clock
+    assert found == GpuClock(limits=(limit, second), attention=0.5, **sized)
+    assert profile(tmp_path, contents(clock={**SIZED_CLOCK, "prefill": 1})).clock.prefill == 1.0
+    assert profile(tmp_path, contents(clock={**SIZED_CLOCK, "decode": None})).clock.decode is None
 
 
 def test_a_chunk_kernel_is_read_with_what_steps_could_hold_where_there_is_one(tmp_path):
@@ -151,6 +158,17 @@ WRONG = [
     ("clock", {**CLOCK, "slowdown": -0.1}, "field clock.slowdown is -0.1, not a number from 0 to less than 1"),
     ("clock", {**CLOCK, "knee": 1.0}, "field clock.knee is 1.0, not a number from 0 to less than 1"),
     ("clock", {**CLOCK, "knee": float("nan")}, "field clock.knee is nan, not a number from 0 to less than 1"),
+    ("clock", {**SIZED_CLOCK, "limits": {}}, "field clock.limits is no list"),
+    ("clock", {**SIZED_CLOCK, "limits": [CLOCK, 1]}, "field clock.limits[1] is no object"),
+    ("clock", {**SIZED_CLOCK, "limits": [{"tau_ns": 5}]}, "field clock.limits[0].slowdown is missing"),
+    ("clock", {**SIZED_CLOCK, "tokens": [64, 64, 128]}, "field clock.tokens must increase from one to the next"),
+    ("clock", {**SIZED_CLOCK, "tokens": []}, "field clock.tokens is empty"),
+    ("clock", {**SIZED_CLOCK, "power": [1, 1]}, "field clock.power has 2 numbers for 3 tokens"),
+    ("clock", {**SIZED_CLOCK, "power": 1}, "field clock.power is no list"),
+    ("clock", {**SIZED_CLOCK, "power": [1, -0.5, 1]}, "field clock.power holds -0.5, not a number from 0"),
+    ("clock", {**SIZED_CLOCK, "power": [1, 1, float("nan")]}, "field clock.power holds nan, not a number from 0"),
+    ("clock", {**SIZED_CLOCK, "decode": "1"}, "field clock.decode holds '1', not a number from 0"),
+    ("clock", {**SIZED_CLOCK, "prefill": 1.5}, "field clock.prefill is 1.5, not a number from 0 to 1"),
     ("chunk_kernel", [1], "field chunk_kernel is no object"),
     ("chunk_kernel", {**CHUNK_KERNEL, "tile": 0}, "field chunk_kernel.tile holds 0, not a whole number of at least 1"),
     ("chunk_kernel", {**CHUNK_KERNEL, "rows": "1"}, "field chunk_kernel.rows holds '1', not a whole number"),

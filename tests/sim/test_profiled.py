@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sim import profiles
-from sim.profiles import CLOCK, SHAPE, contents, profile, stamped, step, two_stages, written
+from sim.profiles import CLOCK, SHAPE, SIZED_CLOCK, contents, profile, stamped, step, two_stages, written
 
 from gllm.parallel import Parallel
 from gllm.report.metrics import summarize
@@ -516,6 +516,30 @@ def test_the_largest_step_draws_most(folder):
     assert cost.load(step(contexts=[16])).power < 0.1
 
 
+@pytest.mark.parametrize(("num", "at_best_rate"), [(64, 1.5), (160, 1.1), (256, 0.7), (640, 0.85), (1024, 1)])
+def test_sizes_draw_what_the_profile_says_of_them(folder, num, at_best_rate):
+    plain, sized = (model(folder, contents(clock=clock)) for clock in (CLOCK, SIZED_CLOCK))
+    work = step([(0, 64)] * (num // 64) + [(0, num % 64)] * (num % 64 > 0), num_sampled=0)
+    rate = num * profiles.tokens(1024) / (1024 * profiles.tokens(num))
+    assert plain.load(work).power == pytest.approx(min(rate, 1.0))
+    assert sized.load(work).power == pytest.approx(min(rate * at_best_rate, 1.0))
+    assert sized.load(work).stage_ns == plain.load(work).stage_ns
+
+
+def test_attention_of_chunks_and_of_decodes_draws_less(folder):
+    cost = model(folder, contents(clock=SIZED_CLOCK))
+    for work, part, drawn, at_best_rate in (
+        (step([(2048, 64)], num_sampled=0), "prefill_attention", 0.6, 1.5),
+        (step(contexts=[1024] * 64), "decode_attention", 0.5, 1.2),
+    ):
+        parts = {name: sum(row) for name, row in cost.components(work).items() if name != "head"}
+        base = min(at_best_rate * 64 * profiles.tokens(1024) / 1024, parts["gemm"])  # of 64 tokens
+        layers_ns = parts["gemm"] + parts[part]
+        assert layers_ns == pytest.approx(sum(parts.values()))
+        assert parts[part] > layers_ns / 20
+        assert cost.load(work).power == pytest.approx((base + drawn * parts[part]) / layers_ns)
+
+
 @pytest.mark.parametrize("gpu", ["h200", None])
 def test_another_gpu_is_taken_to_have_the_same_clock(folder, gpu):
     ours, theirs = (model(folder, contents(clock=CLOCK, gpu=gpu), gpu=name) for name in ("h200", "h100"))
@@ -571,7 +595,7 @@ def config(path, pp):
     return SimConfig(model=profiles.MODEL, profile=str(path), parallel=Parallel(pp=pp), num_blocks=2000, trace=CHAT)
 
 
-@pytest.mark.parametrize("clock", [None, CLOCK])
+@pytest.mark.parametrize("clock", [None, CLOCK, SIZED_CLOCK])
 @pytest.mark.parametrize("pp", [1, 3])
 def test_a_whole_run(folder, pp, clock):
     case = config(written(folder, contents(clock=clock)), pp)

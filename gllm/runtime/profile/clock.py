@@ -1,72 +1,47 @@
-"""How the GPU's clock follows what it computes: steps in a row after a rest, and the `GpuClock` that fits them best.
+"""How the GPU's clock follows what it computes: steps in a row after a rest, for `clock_fit` to find its constants by.
 
-Tables hold times after a rest (`gllm.runtime.profile.measure`). Here prompts come in a row until they have heated the
-GPU, then few decodes, which it cools down with; and many decodes with long contexts, whose attention draws power too.
+Tables hold times after a rest (`gllm.runtime.profile.measure`). Here prompts of each size come in a row until they have
+heated the GPU; then few decodes, which it cools down with; many decodes with long contexts, whose attention draws power
+too; a long chunk that begins late, for the attention of chunks; and for seconds what a slower limit shows in.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
+from functools import cache, cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from gllm.gpu_clock import GpuClock, StageClock
-from gllm.runtime.profile.steps import MAX_REPEATS
+from gllm.runtime.profile.clock_fit import Kind, Step, errors, fit
+from gllm.runtime.profile.steps import MAX_REPEATS, chunks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
-
-    from numpy.typing import NDArray
 
     from gllm.runtime.profile.grids import Grid
     from gllm.runtime.profile.measure import Times
     from gllm.runtime.profile.session import Session
     from gllm.runtime.profile.steps import Mix, StepMaker
 
-    Floats = NDArray[np.float64]
+    Part = tuple[Mix, int, int]  # which has so many tokens, for so long
 
-_SIZES = (256, 512, 1024, 2048)  # of prompts
+_LEAST_SIZE, _LARGE_SIZE = 128, 2048  # of prompts: each between is played, beyond doublings are
+_LONGEST_NS = 100_000_000  # steps that take no longer have come to nothing while a rested one is measured
+_COOLED = (256, 512, 1024, 2048)  # with decodes after them
+_STEADY = (512, 2048)  # for seconds
+_LATE = 8192  # where the chunk starts, at most
 _FEW, _MANY, _CONTEXT = 16, 256, 1024  # decodes
-_HEATING_NS, _COOLING_NS = 350_000_000, 150_000_000
-_REST_S = 0.3
+_HEATING_NS, _COOLING_NS, _STEADY_NS = 400_000_000, 150_000_000, 3_000_000_000
+_TURN_NS = (180_000_000, 45_000_000)  # of prompts and few decodes by turns: three quarters of the power
+_REST_S = 0.5
 _NUM_ROUNDS = 2
-_NUM_FITS = 7
+_NUM_FITS = 12
 """After the first; each takes off rested times the heat that by the clock before is in them: long steps have a lot."""
-
-_LEAST = 0.01
-"""A smaller slowdown is as good as none: repetitions are no closer to each other."""
-
-
-class Kind(NamedTuple):
-    """Steps of one mix, per stage; what `gllm.gpu_clock` has to know of them."""
-
-    rested_ns: float  # layers
-    stretched_ns: float
-    power: float  # of arithmetic, as the mean over the step
-    attention: float  # share of the step in which the keys of decodes are read
-
-    @classmethod
-    def of(cls, num_tokens: int, base_ns: float, layers_ns: float, best_rate: float) -> Kind:
-        """Tokens whose base takes so long of all layers; the rest is the attention of decodes."""
-        power = min(1.0, num_tokens / (base_ns * best_rate))
-        return cls(layers_ns, base_ns, power * base_ns / layers_ns, 1.0 - base_ns / layers_ns)
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One that was measured; `idle_ns` before it the GPU had nothing to do."""
-
-    kind: Kind
-    idle_ns: float
-    took_ns: float  # layers
-    counts: bool  # for the fit, or only for the power that it drew
 
 
 class _Played(NamedTuple):
-    """A `Step` as it was measured: it had so many tokens of `mix`, or prepared them where it does not count."""
+    """A `Step` as it was measured: of `mix`, or preparing it where it does not count."""
 
     mix: Mix
     num_tokens: int
@@ -87,9 +62,14 @@ class Clocked(NamedTuple):
         """The profile's `clock`."""
         clock = self.clock
         return {
-            "tau_ns": clock.tau_ns,
-            "slowdown": round(clock.slowdown, 4),
-            "knee": round(clock.knee, 3),
+            "limits": [
+                {"tau_ns": each.tau_ns, "slowdown": round(each.slowdown, 4), "knee": round(each.knee, 3)}
+                for each in clock.limits
+            ],
+            "tokens": list(clock.tokens),
+            "power": [round(power, 3) for power in clock.power],
+            "prefill": round(clock.prefill, 3),
+            "decode": None if clock.decode is None else round(clock.decode, 3),
             "attention": round(clock.attention, 3),
             "mean_error": round(self.mean_error, 4),
             "mean_error_without": round(self.mean_error_without, 4),
@@ -106,17 +86,18 @@ def measure_clock(session: Session, maker: StepMaker, grid: Grid, times: Mapping
         times: of its mixes, after a rest.
     """
     course = _Course(session, maker, grid, times)
-    played = [list(each) for _ in range(_NUM_ROUNDS) for each in course.all_series()]
+    played = [list(each) for each in course.all_series()]
     series = [_steps(each, grid, times) for each in played]
-    clock, rested = fit(series), times
-    if clock is None:
+    found = fit(series)
+    if found is None:
         return None
     for _ in range(_NUM_FITS):
-        rested = _without_own_heat(clock, grid, times)
+        rested = _without_own_heat(found.clock, grid, times)
         series = [_steps(each, grid, rested) for each in played]
-        clock = fit(series) or clock
-    without = replace(clock, slowdown=0.0)
-    return Clocked(clock, rested, *(fmean(map(abs, errors(each, series))) for each in (clock, without)))
+        found = fit(series, found) or found
+    clock = found.clock
+    off, off_without = (fmean(map(abs, errors(each, series))) for each in (clock, replace(clock, limits=())))
+    return Clocked(clock, rested, off, off_without)
 
 
 def _without_own_heat(clock: GpuClock, grid: Grid, times: Mapping[Mix, Times]) -> dict[Mix, Times]:
@@ -126,9 +107,9 @@ def _without_own_heat(clock: GpuClock, grid: Grid, times: Mapping[Mix, Times]) -
     def cooled(mix: Mix, found: Times) -> Times:
         layers_ns = max(found.layers_ns / num_stages, 1.0)
         base = min(1.0, mix.num_tokens / (layers_ns * best_rate))
-        power = base + (1.0 - base) * (clock.attention if mix.contexts else 1.0)
-        heat = clock.heat(StageClock(clock).mean(0, int(layers_ns), power))
-        factor = 1.0 / (1.0 + clock.slowdown * heat)
+        power = base * clock.base_power(mix.num_tokens, 1.0, has_chunks=bool(mix.chunks))
+        power += (1.0 - base) * (clock.attention if mix.contexts else clock.prefill)
+        factor = 1.0 / (1.0 + StageClock(clock).slowdown(0, int(layers_ns), power))
         stage_ns = tuple(int(time_ns * factor) for time_ns in found.stage_ns)
         return replace(found, layers_ns=int(found.layers_ns * factor), stage_ns=stage_ns)
 
@@ -143,14 +124,22 @@ def _steps(played: Sequence[_Played], grid: Grid, times: Mapping[Mix, Times]) ->
     def kind(mix: Mix, num_tokens: int) -> Kind:
         base = grid.base(num_tokens) if mix.chunks else grid.decode(num_tokens)
         base_ns, layers_ns = (times[each].layers_ns / num_stages for each in (base, mix))
-        return Kind.of(num_tokens, min(base_ns, layers_ns), layers_ns, best_rate)
+        return make_kind(num_tokens, base_ns, layers_ns, best_rate, has_chunks=bool(mix.chunks))
 
     def step(one: _Played) -> Step:
         num, took_ns = one.num_tokens, one.took_ns
-        what = kind(one.mix, num) if one.counts else Kind.of(num, took_ns, took_ns, best_rate)
+        what = kind(one.mix, num) if one.counts else make_kind(num, took_ns, took_ns, best_rate, has_chunks=True)
         return Step(what, one.idle_ns, took_ns, one.counts)
 
     return [step(one) for one in played]
+
+
+def make_kind(num_tokens: int, base_ns: float, layers_ns: float, best_rate: float, *, has_chunks: bool) -> Kind:
+    """Tokens whose base takes so long of all layers; the rest is attention, of chunks or of decodes alone."""
+    base_ns = min(base_ns, layers_ns)
+    rest_ns = layers_ns - base_ns
+    prefill_ns, attention_ns = (rest_ns, 0.0) if has_chunks else (0.0, rest_ns)
+    return Kind(num_tokens, has_chunks, min(1.0, num_tokens / (base_ns * best_rate)), base_ns, prefill_ns, attention_ns)
 
 
 def _best_rate(grid: Grid, times: Mapping[Mix, Times]) -> float:
@@ -165,94 +154,79 @@ class _Course:
         self._session, self._maker, self._grid, self._times = session, maker, grid, times
 
     def all_series(self) -> Iterator[Iterator[_Played]]:
-        """Prompts of several sizes, each then with decodes that cool down; then many decodes."""
-        grid = self._grid
-        few = next((num for num in grid.decode_batches if num >= _FEW), grid.decode_batches[-1])
-        sizes = dict.fromkeys(next((num for num in grid.tokens if num >= size), grid.tokens[-1]) for size in _SIZES)
-        for num in sizes:
-            yield self._series([(grid.base(num), num, _HEATING_NS), (grid.decode(few), few, _COOLING_NS)])
+        """Each after a rest."""
+        for _ in range(_NUM_ROUNDS):
+            for parts in self._short():
+                yield self._series(parts)
+        for parts in self._long():
+            yield self._series(parts)
+
+    def _short(self) -> Iterator[list[Part]]:
+        """Prompts of every size, some with decodes that cool down; a chunk that begins late; decodes."""
+        grid, few = self._grid, self._few
+        cooled = set(self._some(_COOLED))
+        for num in self._sizes:
+            part = (grid.base(num), num, _HEATING_NS)
+            yield [part, (grid.decode(few), few, _COOLING_NS)] if num in cooled else [part]
+        late = [(num, start) for num in self._sizes for start in grid.starts if 0 < start <= _LATE]
+        late = [(num, start) for num, start in late if self._is_short(chunks(1, start, num))]
+        if late:
+            num, start = max(late)
+            yield [(chunks(1, start, num), num, _HEATING_NS)]
         context = max((each for each in grid.contexts if each <= _CONTEXT), default=grid.contexts[0])
         fitting = (num for num in grid.batches if num <= _MANY and grid.attending(num, context) in self._times)
         many = max(fitting, default=0)
         if many:
-            yield self._series([(grid.attending(many, context), many, _HEATING_NS)])
+            yield [(grid.attending(many, context), many, _HEATING_NS)]
+        most = max(num for num in grid.decode_batches if num <= max(many, grid.decode_batches[0]))
+        yield [(grid.decode(most), most, _HEATING_NS)]
 
-    def _series(self, parts: Sequence[tuple[Mix, int, int]]) -> Iterator[_Played]:
-        """So long of each mix, which has so many tokens, after a rest."""
+    def _long(self) -> Iterator[list[Part]]:
+        """Prompts without end, and by turns with few decodes."""
+        grid, few = self._grid, self._few
+        steady = self._some(_STEADY)
+        yield from ([(grid.base(num), num, _STEADY_NS)] for num in steady)
+        turn = [(grid.base(steady[-1]), steady[-1], _TURN_NS[0]), (grid.decode(few), few, _TURN_NS[1])]
+        yield turn * (_STEADY_NS // sum(_TURN_NS))
+
+    @property
+    def _few(self) -> int:
+        batches = self._grid.decode_batches
+        return next((num for num in batches if num >= _FEW), batches[-1])
+
+    def _some(self, sizes: Sequence[int]) -> list[int]:
+        """The next ones that are played."""
+        played = self._sizes
+        return list(dict.fromkeys(next((num for num in played if num >= size), played[-1]) for size in sizes))
+
+    @cached_property
+    def _sizes(self) -> list[int]:
+        """All up to 2,048 tokens but for the smallest, then doublings, as long as steps are short."""
+        found: list[int] = []
+        for num in self._grid.tokens:
+            is_next = num <= _LARGE_SIZE or num >= 2 * max(found, default=0)
+            if num >= _LEAST_SIZE and is_next and self._is_short(self._grid.base(num)):
+                found.append(num)
+        return found or [self._grid.tokens[-1]]
+
+    def _is_short(self, mix: Mix) -> bool:
+        times = self._times.get(mix)
+        return times is not None and times.layers_ns <= _LONGEST_NS * self._grid.room.limits.depth
+
+    def _series(self, parts: Sequence[Part]) -> Iterator[_Played]:
+        """So long of each mix, after a rest."""
         self._session.rest(_REST_S)
         last_ns: int | None = None
         for mix, num_tokens, for_ns in parts:
+            num_steps = min(max(round(for_ns / max(self._times[mix].layers_ns, 1)), 1), MAX_REPEATS)
             first_ns = None
             while first_ns is None or last_ns is None or last_ns < first_ns + for_ns:
-                before, steps = self._maker.make(mix, MAX_REPEATS)
+                before, steps = self._maker.make(mix, num_steps)
                 for number, stamps in enumerate(self._session.run([*before, *steps])):
                     took_ns = sum(stage.head_ns - stage.start_ns for stage in stamps) / len(stamps)
                     idle_ns = 0 if last_ns is None else max(0, stamps[0].start_ns - last_ns)
-                    yield _Played(mix, num_tokens, idle_ns, took_ns, number >= len(before))
+                    counts = number >= len(before)
+                    num = num_tokens if counts else mix.num_sequences  # a row for each
+                    yield _Played(mix, num, idle_ns, took_ns, counts)
                     # The first stage is looked at: its next step needs no other's.
                     last_ns, first_ns = stamps[0].end_ns, stamps[0].start_ns if first_ns is None else first_ns
-
-
-def fit(series: Sequence[Sequence[Step]]) -> GpuClock | None:
-    """The clock with the least squares of relative errors; None where steps take the same whatever came before.
-
-    For the other constants the slowdown follows from a linear equation. These are tried on a grid, then around its best
-    on a finer one.
-    """
-    taus, knees, attentions = np.geomspace(15e6, 250e6, 13), np.linspace(0, 0.8, 17), np.linspace(0, 0.95, 11)
-    best = _best(series, taus, knees, attentions)
-    if best is None:
-        return None
-    taus = best.tau_ns * np.geomspace(0.8, 1.25, 9)
-    knees = np.clip(best.knee + np.linspace(-0.05, 0.05, 11), 0, 0.9)
-    attentions = np.clip(best.attention + np.linspace(-0.1, 0.1, 9), 0, 0.99)
-    best = _best(series, taus, knees, attentions) or best
-    return best if best.slowdown >= _LEAST else None
-
-
-def _best(series: Sequence[Sequence[Step]], *values: Floats) -> GpuClock | None:
-    """Of all combinations of tau, knee and attention."""
-    tau_C, knee_C, attention_C = (axis.ravel() for axis in np.meshgrid(*values, indexing="ij"))
-    # What is left over of ratio - 1 = slowdown * share * heat, over all steps, as a polynomial of the slowdown.
-    squares, products_C, heats_C = 0.0, np.zeros_like(tau_C), np.zeros_like(tau_C)
-    for steps in series:
-        for step, heat_C in _heats(steps, tau_C, knee_C, attention_C):
-            left, share_C = step.took_ns / step.kind.rested_ns - 1.0, heat_C * _share(step)
-            squares += left * left
-            products_C += left * share_C
-            heats_C += share_C * share_C
-    slowdown_C = np.clip(np.divide(products_C, heats_C, out=np.zeros_like(heats_C), where=heats_C > 0), 0.0, 0.99)
-    error_C = squares - slowdown_C * (2 * products_C - slowdown_C * heats_C)
-    at = int(error_C.argmin())
-    if not slowdown_C[at]:
-        return None
-    found = {"slowdown": slowdown_C[at], "knee": knee_C[at], "attention": attention_C[at]}
-    return GpuClock(tau_ns=int(tau_C[at]), **{name: float(value) for name, value in found.items()})
-
-
-def _heats(steps: Sequence[Step], tau_C: Floats, knee_C: Floats, attention_C: Floats) -> Iterator[tuple[Step, Floats]]:
-    """Of each step that counts its heat, for each combination: `StageClock` for many clocks at once."""
-    average_C = np.zeros_like(tau_C)
-    for step in steps:
-        power_C = step.kind.power + attention_C * step.kind.attention
-        average_C = average_C * np.exp(-step.idle_ns / tau_C)
-        x_C = step.took_ns / tau_C
-        left_C = np.exp(-x_C)
-        mean_C = power_C + (average_C - power_C) * (1.0 - left_C) / x_C
-        average_C = power_C + (average_C - power_C) * left_C
-        if step.counts:
-            yield step, np.clip((mean_C - knee_C) / (1.0 - knee_C), 0.0, 1.0)
-
-
-def _share(step: Step) -> float:
-    return step.kind.stretched_ns / step.kind.rested_ns
-
-
-def errors(clock: GpuClock, series: Sequence[Sequence[Step]]) -> list[float]:
-    """Of each step that counts: predicted less measured, as a share of what was measured."""
-    tau, knee, attention = (np.array([float(value)]) for value in (clock.tau_ns, clock.knee, clock.attention))
-    return [
-        step.kind.rested_ns * (1.0 + clock.slowdown * _share(step) * float(heat[0])) / step.took_ns - 1.0
-        for steps in series
-        for step, heat in _heats(steps, tau, knee, attention)
-    ]
