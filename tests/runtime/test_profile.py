@@ -305,7 +305,7 @@ def test_the_simulator_adds_up_to_what_was_measured(name, kernel, tmp_path):
 
 def test_points_of_tokens_are_what_is_captured_and_what_is_beyond():
     found = make_grid(room(token_graph_sizes=TOKEN_GRAPHS))
-    assert found.tokens == (*TOKEN_GRAPHS, 129, *range(192, 1025, 64), 1100)
+    assert found.tokens == (*TOKEN_GRAPHS, 129, *range(191, 1024, 64), 1100), "no multiples of 64 beyond graphs"
     assert found.head_rows == (25, 32, 39, 40), "more rows than a graph of heads takes"
     assert found.head(32) == Mix(chunks=((0, 64),), contexts=(16,) * 32)
     assert found.head(40) == Mix(contexts=(16,) * 40)

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 _LEAST_SIZE, _LARGE_SIZE = 128, 2048  # of prompts: each between is played, beyond doublings are
 _LONGEST_NS = 100_000_000  # steps that take no longer have come to nothing while a rested one is measured
-_COOLED = (256, 512, 1024, 2048)  # with decodes after them
-_STEADY = (512, 2048)  # for seconds
+_COOLED = (256, 512, 1024, 2000)  # with decodes after them
+_STEADY = (512, 2000)  # for seconds
 _LATE = 8192  # where the chunk starts, at most
 _FEW, _MANY, _CONTEXT = 16, 256, 1024  # decodes
 _HEATING_NS, _COOLING_NS, _STEADY_NS = 400_000_000, 150_000_000, 3_000_000_000

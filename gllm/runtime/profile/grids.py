@@ -21,6 +21,9 @@ MOST_EACH = 16
 
 _MOST_TRIES = 1000  # to find a step of one kind: in a small cache there may be none
 
+_ODD = 64
+"""For multiples of so many rows cuBLAS has other kernels, on an H200 up to 8 % slower ones; traffic seldom has them."""
+
 _BEYOND_STEP = 128  # between decode batches beyond the largest graph
 _CONTEXTS = (16, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _MIXED_CONTEXTS = frozenset((16, 512, 2048, 8192))
@@ -107,14 +110,18 @@ class Grid:
 
     def mixes(self) -> list[Mix]:
         """All that is measured in flight, each once."""
+        each = [chunks(self.num_each(num, start), start, num) for num, start in product(self.queries, self.starts)]
+        beyond_graphs = self.room.token_graph_sizes[-1] if self.room.token_graph_sizes else self.room.max_tokens
         found = [
             *(self.base(num) for num in self.tokens),
+            *(self.base(mix.num_tokens) for mix in each if mix.num_tokens > beyond_graphs),
+            *(self.base(num) for num in self.queries if num > beyond_graphs),
             *(self.decode(num) for num in self.decode_batches),
             *(self.attending(num, context) for num, context in product(self.batches, self.contexts)),
             *(self.mixed(num, context) for num, context in product(self.mixed_batches, self.mixed_contexts)),
             *(self.head(num) for num in self.head_rows),
             *(chunks(1, start, num) for num, start in product(self.queries, self.starts)),
-            *(chunks(self.num_each(num, start), start, num) for num, start in product(self.queries, self.starts)),
+            *each,
             *self.checks,
         ]
         return [mix for mix in dict.fromkeys(found) if mix.num_tokens and self.room.fits(mix)]
@@ -190,7 +197,7 @@ def _tokens(most: int) -> list[int]:
 def _with_graphs(captured: tuple[int, ...], points: Sequence[int]) -> tuple[int, ...]:
     """In graphs just what is captured; beyond them from the first step that is not, which may take much longer."""
     first = captured[-1] + 1
-    beyond = [num for num in points if num > first]
+    beyond = [num - (num % _ODD == 0 and num < points[-1]) for num in points if num > first]
     return (*captured, first, *beyond) if points[-1] >= first else captured
 
 

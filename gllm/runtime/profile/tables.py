@@ -55,7 +55,7 @@ class _Base:
     """What tokens cost without attention to speak of, which all other tables are beyond."""
 
     def __init__(self, grid: Grid, times: Mapping[Mix, Times]) -> None:
-        self._times, self._graph_sizes = times, grid.room.token_graph_sizes
+        self._grid, self._times, self._graph_sizes = grid, times, grid.room.token_graph_sizes
         self.ns = {num: times[grid.base(num)].layers_ns for num in grid.tokens}
 
     def beyond(self, mix: Mix) -> int:
@@ -63,7 +63,10 @@ class _Base:
         return self._times[mix].layers_ns - self._at(mix.num_tokens)
 
     def _at(self, num_tokens: int) -> int:
-        """As who reads the table sees it: of the next graph's size, else on the line from one point to the next."""
+        """Measured, or as who reads the table sees it: of the next graph's size, else on the line between two points."""
+        measured = self._times.get(self._grid.base(num_tokens))
+        if measured is not None:
+            return measured.layers_ns
         points = list(self.ns)
         right = points[bisect_left(points, num_tokens)]
         if right == num_tokens or right in self._graph_sizes:
