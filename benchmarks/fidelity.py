@@ -43,6 +43,8 @@ PROFILES = {
     "qwen3-8b_settled": "benchmarks/results/twin/qwen3-8b_settled_h200.json",
     "qwen3-8b_two-rests": "benchmarks/results/twin/qwen3-8b_two-rests_h200.json",
     "qwen3-8b_whole-blocks": "benchmarks/results/twin/qwen3-8b_whole-blocks_h200.json",
+    "qwen3-8b_one-limit": "benchmarks/results/twin/qwen3-8b_one-limit_h200.json",
+    "qwen3-8b_multiples": "benchmarks/results/twin/qwen3-8b_multiples_h200.json",
     "qwen3-8b": "qwen3-8b_h200",
     "qwen3-0.6b_whole-blocks": "benchmarks/results/twin/qwen3-0.6b_whole-blocks_h200.json",
     "qwen3-0.6b": "qwen3-0.6b_h200",
@@ -87,10 +89,19 @@ CAUSES = """\
 - Groups `qwen3-8b_whole-blocks` and `qwen3-0.6b_whole-blocks` are of b610c9c, all on one machine: profiles hold times
   after a rest and a clock (0.6B has none: it draws too little). Steps of 8B are off by 1.1 to 1.9 % each and by -0.8 to
   +0.4 % in their sum. TTFT beyond saturation is mostly a queue, so it multiplies that.
-- Groups `qwen3-8b`, with `code` and `mooncake`, are of 10da2a5, profile and runs on one machine, another one: the
+- Groups `qwen3-8b_one-limit`, with `code` and `mooncake`, are of 10da2a5, all on another machine: the
   chunk kernel's schedule, small batches' new kernels. Steps of 2,048 tokens are 2 % longer than predicted where two
   hundred decodes are among them (Sarathi at 48/s) and 1 to 2.5 % shorter where there are few (code, Mooncake): what
   decodes take beside long chunks, after long heat, is not known well enough. Decodes alone are right to 0.6 %.
+- Groups `qwen3-8b_multiples` are of c6ac179, all on a third machine. Its profile's clock has two limits, and what each
+  size of step comes to; its steps beyond graphs have multiples of 128 tokens, for which cuBLAS has kernels that are 3
+  to 8 % slower than those of other numbers. Throttling makes steps of any number (Mooncake: steps 3 % shorter than
+  predicted); Sarathi, whose steps have 2,048, did not mind.
+- Groups `qwen3-8b`, with `code` and `mooncake`, are of f5b92fb, all on a fourth machine, with other numbers of tokens
+  beyond graphs. Steps are off by -0.8 to -0.1 % in their sum. What is left, at 48/s above all, are hot steps of 1,300
+  to 1,900 tokens beside many decodes: 1 to 2.5 % longer than predicted, and decodes alone 1.3 % shorter. With this
+  profile the runs of `qwen3-8b_multiples` are off, in throughput, mean TPOT, E2E and TTFT, at 16/s by -0.2, +0.8,
+  +0.9, +0.6 %, at 28/s by -0.2, -0.6, -0.5, -1.9; Mooncake's by +0.3, -3.0, -2.8, -3.6 (Sarathi 0.0, -0.3, -0.4, -1.0).
 - Groups `qwen3-0.6b` and `qwen3-8b_two-rests` are of 4f403a2, on another machine: left-over blocks of chunks are cut,
   and chunks attended before decodes (taken back: their answers were wrong, which no time depends on). The profiles were
   made with two short rests for a step instead of three: 0.6B's hardly mind; of 8B steps of 1,024 to 1,152 tokens came

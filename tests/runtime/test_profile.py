@@ -310,7 +310,7 @@ def test_points_of_tokens_are_what_is_captured_and_what_is_beyond():
     assert found.head(32) == Mix(chunks=((0, 64),), contexts=(16,) * 32)
     assert found.head(40) == Mix(contexts=(16,) * 40)
     quick = make_grid(room(token_graph_sizes=TOKEN_GRAPHS), quick=True)
-    assert quick.tokens == (*TOKEN_GRAPHS, 129, 256, 1024, 1100)
+    assert quick.tokens == (*TOKEN_GRAPHS, 129, 255, 1023, 1100)
     whole = make_grid(room(token_graph_sizes=(*TOKEN_GRAPHS, 1100)))
     assert whole.tokens == (*TOKEN_GRAPHS, 1100)
     assert whole.head_rows == (25, 32, 39, 40)

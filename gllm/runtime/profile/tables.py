@@ -63,7 +63,7 @@ class _Base:
         return self._times[mix].layers_ns - self._at(mix.num_tokens)
 
     def _at(self, num_tokens: int) -> int:
-        """Measured, or as who reads the table sees it: of the next graph's size, else on the line between two points."""
+        """As measured, or as who reads the table sees it: of the next graph's size, else on the line between points."""
         measured = self._times.get(self._grid.base(num_tokens))
         if measured is not None:
             return measured.layers_ns
