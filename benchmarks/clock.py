@@ -44,7 +44,7 @@ LARGEST, TURN = 2048, 9
 ALONE = tuple(f"{num} tokens" for num in (128, 256, 512, 1024, *UNEVEN, LARGEST))
 SHORT_DECODES = tuple(f"{num} decodes of {SHORT}" for num in (256, 512))
 HEATED = ("512 tokens", f"{LARGEST} tokens")
-DRAWN = ("25 x 1024 tokens", "12 x 2048 tokens, 27 x 256 tokens", "9 x 1024 tokens beside 64")
+DRAWN = ("25 x 1024 tokens", "12 x 2048 tokens, 27 x 256 tokens", "9 x 1024 tokens beside 64", "8 x 1024 tokens")
 PREPARED = 64
 """Tokens of steps that give decodes their caches: a row for each."""
 
@@ -230,7 +230,7 @@ def draw(found: Mapping[str, Any], clock: GpuClock, path: Path) -> None:
         took = [step.took_ns / step.kind.rested_ns for step in steps if step.counts]
         axis.plot(at, took, ".", ms=4, color="tab:blue", label="measured")
         axis.plot(at, ratios(clock, steps), lw=1, color="tab:red", label="by the fitted clock")
-        axis.set(title=pattern["name"], ylabel="of a rested step", xlim=(0, 1000), ylim=(0.97, 1.2))
+        axis.set(title=pattern["name"], ylabel="of a rested step", xlim=(0, max(at[-1], 1000)), ylim=(0.97, 1.3))
     axes[0, 0].legend(fontsize=8)
     axes[-1, 0].set(xlabel="ms")
     figure.savefig(path, metadata={"Date": None})

@@ -7,11 +7,13 @@ too; a long chunk that begins late, for the attention of chunks; and for seconds
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, cached_property
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from gllm.console.progress import show_progress
 from gllm.gpu_clock import GpuClock, StageClock
 from gllm.runtime.profile.clock_fit import Kind, Step, errors, fit
 from gllm.runtime.profile.steps import MAX_REPEATS, chunks
@@ -76,7 +78,9 @@ class Clocked(NamedTuple):
         }
 
 
-def measure_clock(session: Session, maker: StepMaker, grid: Grid, times: Mapping[Mix, Times]) -> Clocked | None:
+def measure_clock(
+    session: Session, maker: StepMaker, grid: Grid, times: Mapping[Mix, Times], *, quiet: bool = True
+) -> Clocked | None:
     """Have steps computed and find the clock; None where what a step takes does not depend on those before it.
 
     Args:
@@ -84,9 +88,14 @@ def measure_clock(session: Session, maker: StepMaker, grid: Grid, times: Mapping
         maker: of its steps.
         grid: whose points are measured.
         times: of its mixes, after a rest.
+        quiet: no progress.
     """
     course = _Course(session, maker, grid, times)
-    played = [list(each) for each in course.all_series()]
+    all_parts = list(course.all_parts())
+    played: list[list[_Played]] = []
+    watching = show_progress(len(all_parts), lambda: len(played), what="series of steps", doing="heating up")
+    with nullcontext() if quiet else watching:
+        played.extend(list(course.play(parts)) for parts in all_parts)
     series = [_steps(each, grid, times) for each in played]
     found = fit(series)
     if found is None:
@@ -153,13 +162,11 @@ class _Course:
     def __init__(self, session: Session, maker: StepMaker, grid: Grid, times: Mapping[Mix, Times]) -> None:
         self._session, self._maker, self._grid, self._times = session, maker, grid, times
 
-    def all_series(self) -> Iterator[Iterator[_Played]]:
-        """Each after a rest."""
+    def all_parts(self) -> Iterator[list[Part]]:
+        """Of each series."""
         for _ in range(_NUM_ROUNDS):
-            for parts in self._short():
-                yield self._series(parts)
-        for parts in self._long():
-            yield self._series(parts)
+            yield from self._short()
+        yield from self._long()
 
     def _short(self) -> Iterator[list[Part]]:
         """Prompts of every size, some with decodes that cool down; a chunk that begins late; decodes."""
@@ -213,7 +220,7 @@ class _Course:
         times = self._times.get(mix)
         return times is not None and times.layers_ns <= _LONGEST_NS * self._grid.room.limits.depth
 
-    def _series(self, parts: Sequence[Part]) -> Iterator[_Played]:
+    def play(self, parts: Sequence[Part]) -> Iterator[_Played]:
         """So long of each mix, after a rest."""
         self._session.rest(_REST_S)
         last_ns: int | None = None

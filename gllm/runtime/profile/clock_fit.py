@@ -37,7 +37,7 @@ _LEAST = 0.01
 """A smaller slowdown is as good as none: repetitions are no closer to each other."""
 
 _LEAST_HEAT = 0.1
-"""Of a size that tells how much power it draws; what smaller ones draw follows from their rate."""
+"""As a share of the most, of a size that tells how much power it draws; what others draw follows from their rate."""
 
 
 class Kind(NamedTuple):
@@ -142,7 +142,8 @@ class _Shape:
 
     def _telling(self) -> tuple[Floats, Floats]:
         """Sizes that get warm, and their rates."""
-        sizes = [size for size, heat in self.heats.items() if heat >= _LEAST_HEAT]
+        least = _LEAST_HEAT * max(self.heats.values())
+        sizes = [size for size, heat in self.heats.items() if heat >= least]
         return np.array(sizes, dtype=float), np.array([self.rates[size] for size in sizes])
 
 
@@ -209,6 +210,8 @@ def fit(series: Sequence[Sequence[Step]], before: Fit | None = None) -> Fit | No
             np.clip(limit.knee + np.linspace(-0.05, 0.05, 11), 0, 0.9),
             np.clip(clock.attention + np.linspace(-0.1, 0.1, 9), 0, 0.99),
         )
+    if clock.limits[0].slowdown < _LEAST:
+        return None
     long = [steps for steps in series if sum(step.all_ns for step in steps) > 2 * SOON_NS]
     second = _second_limit(long, clock) if long else None
     return Fit(replace(clock, limits=(*clock.limits, second)) if second else clock, clock, shape)
@@ -258,6 +261,8 @@ def _nearer(shape: _Shape, clock: GpuClock, settled: _Settled, measured: Mapping
     }
     decodes = [max(0.0, shape.decode * slowdown + value) for kind, value in off.items() if not kind.has_chunks]
     most = max([*slower.values(), *decodes])
+    if not most:
+        return shape
     late = [value / most * kind.rested_ns / kind.prefill_ns for kind, value in off.items() if kind.prefill_ns]
     return replace(
         shape,

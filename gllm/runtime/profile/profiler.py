@@ -81,7 +81,7 @@ def measure_tables(
     with nullcontext() if quiet else watching:
         for mix in mixes:
             times[mix] = measure(session, maker, mix, rests=on_gpu)
-    clocked = measure_clock(session, maker, grid, times) if on_gpu else None
+    clocked = measure_clock(session, maker, grid, times, quiet=quiet) if on_gpu else None
     if clocked is None:
         return {**make_tables(grid, times, transfer_ns), "clock": None}
     return {**make_tables(grid, clocked.times, transfer_ns), "clock": clocked.part()}
