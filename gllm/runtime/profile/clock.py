@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, cached_property
+from itertools import product
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
 
     Part = tuple[Mix, int, int]  # which has so many tokens, for so long
 
-_LEAST_SIZE, _LARGE_SIZE = 128, 2048  # of prompts: each between is played, beyond doublings are
+_LEAST_SIZE, _LARGE_SIZE, _LEAST_APART = 128, 2048, 60  # of prompts: beyond the large one doublings are played
 _LONGEST_NS = 100_000_000  # steps that take no longer have come to nothing while a rested one is measured
 _COOLED = (256, 512, 1024, 2000)  # with decodes after them
 _STEADY = (512, 2000)  # for seconds
-_LATE = 8192  # where the chunk starts, at most
+_LATE, _LEAST_ATTENTION = 8192, 0.1  # where the chunk starts, at most; share of attention that can be told
 _FEW, _MANY, _CONTEXT = 16, 256, 1024  # decodes
 _HEATING_NS, _COOLING_NS, _STEADY_NS = 400_000_000, 150_000_000, 3_000_000_000
 _TURN_NS = (180_000_000, 45_000_000)  # of prompts and few decodes by turns: three quarters of the power
@@ -175,10 +176,9 @@ class _Course:
         for num in self._sizes:
             part = (grid.base(num), num, _HEATING_NS)
             yield [part, (grid.decode(few), few, _COOLING_NS)] if num in cooled else [part]
-        late = [(num, start) for num in self._sizes for start in grid.starts if 0 < start <= _LATE]
-        late = [(num, start) for num, start in late if self._is_short(chunks(1, start, num))]
-        if late:
-            num, start = max(late)
+        late = max(self._late_chunks(), default=None)
+        if late is not None and late[0] >= _LEAST_ATTENTION:
+            _, num, start = late
             yield [(chunks(1, start, num), num, _HEATING_NS)]
         context = max((each for each in grid.contexts if each <= _CONTEXT), default=grid.contexts[0])
         fitting = (num for num in grid.batches if num <= _MANY and grid.attending(num, context) in self._times)
@@ -196,6 +196,14 @@ class _Course:
         turn = [(grid.base(steady[-1]), steady[-1], _TURN_NS[0]), (grid.decode(few), few, _TURN_NS[1])]
         yield turn * (_STEADY_NS // sum(_TURN_NS))
 
+    def _late_chunks(self) -> Iterator[tuple[float, int, int]]:
+        """Short ones that begin late: attention's share of the step, tokens and start of each."""
+        times, grid = self._times, self._grid
+        for num, start in product(grid.queries, grid.starts):
+            base, mix = grid.base(num), chunks(1, start, num)
+            if num >= _LEAST_SIZE and 0 < start <= _LATE and base in times and self._is_short(mix):
+                yield 1.0 - times[base].layers_ns / max(times[mix].layers_ns, 1), num, start
+
     @property
     def _few(self) -> int:
         batches = self._grid.decode_batches
@@ -208,13 +216,15 @@ class _Course:
 
     @cached_property
     def _sizes(self) -> list[int]:
-        """All up to 2,048 tokens but for the smallest, then doublings, as long as steps are short."""
+        """Up to 2,048 tokens all that are not next to each other, then doublings, as long as steps are short."""
         found: list[int] = []
         for num in self._grid.tokens:
-            is_next = num <= _LARGE_SIZE or num >= 2 * max(found, default=0)
+            last = max(found, default=0)
+            is_next = num >= (last + _LEAST_APART if num <= _LARGE_SIZE else 2 * last)
             if num >= _LEAST_SIZE and is_next and self._is_short(self._grid.base(num)):
                 found.append(num)
-        return found or [self._grid.tokens[-1]]
+        tokens = self._grid.tokens
+        return found or [next((num for num in tokens if num >= _LEAST_SIZE), tokens[-1])]
 
     def _is_short(self, mix: Mix) -> bool:
         times = self._times.get(mix)

@@ -166,12 +166,13 @@ def _settled(steps: Sequence[Step]) -> list[Step]:
     counting = [step for step in steps if step.counts]
     if not counting or counting[0].kind.attention_ns:
         return []
-    kind, at_ns, found = counting[0].kind, 0.0, []
+    kind, last, at_ns, found = counting[0].kind, counting[0], 0.0, []
     for step in takewhile(lambda step: step.kind == kind or not step.counts, steps):
-        if step.counts and _SETTLED_NS <= at_ns < SOON_NS:
-            found.append(step)
+        if step.counts:
+            found += [step] if _SETTLED_NS <= at_ns < SOON_NS else []
+            last = step
         at_ns += step.all_ns
-    return found if at_ns >= 2 * _SETTLED_NS else []
+    return (found or [last]) if at_ns >= 2 * _SETTLED_NS else []
 
 
 class Fit(NamedTuple):
@@ -231,7 +232,7 @@ def _first_shape(measured: Mapping[Kind, float]) -> _Shape | None:
     """As if steps in a row were at full heat of their own from the first settled one on."""
     slower = {kind.num_tokens: max(0.0, value) for kind, value in measured.items() if kind.is_base and kind.has_chunks}
     decodes = [(kind.rate, max(0.0, value)) for kind, value in measured.items() if not kind.has_chunks]
-    decode_rate, decode = decodes[-1] if decodes else (1.0, 0.0)
+    decode_rate, decode = map(fmean, zip(*decodes, strict=True)) if decodes else (1.0, 0.0)
     most = max([*slower.values(), decode])
     if max(slower.values(), default=0.0) < _LEAST:
         return None
@@ -241,7 +242,7 @@ def _first_shape(measured: Mapping[Kind, float]) -> _Shape | None:
         (value / most / kind.share * kind.rested_ns - kind.base_ns * heats.get(kind.num_tokens, 1.0)) / kind.prefill_ns
         for kind, value in measured.items()
         if kind.prefill_ns
-    ]
+    ]  # what is slower than after a rest, less what the tokens are, is the attention's
     return _Shape(rates, heats, fmean(late) if late else 1.0, decode_rate, decode / most)
 
 
@@ -249,15 +250,15 @@ def _nearer(shape: _Shape, clock: GpuClock, settled: _Settled, measured: Mapping
     """The shape that brings settled steps nearer to what they took, by this clock."""
 
     def predicted(steps: Sequence[Step], some: Sequence[Step]) -> list[float]:
-        ratios = {id(step): ratio for step, ratio in _ratios(clock, list(_until(steps, SOON_NS)))}
-        return [ratios[id(step)] for step in some if id(step) in ratios]
+        ratios = {id(step): ratio for step, ratio in _ratios(clock, steps)}
+        return [ratios[id(step)] for step in some]
 
     off = {kind: (measured[kind] - value) / kind.share for kind, value in settled.by_kind(predicted).items()}
     slowdown = clock.limits[0].slowdown
     slower = {
         kind.num_tokens: max(0.0, shape.heats[kind.num_tokens] * slowdown + value)
         for kind, value in off.items()
-        if kind.is_base and kind.has_chunks
+        if kind.is_base and kind.num_tokens in shape.heats and kind.has_chunks
     }
     decodes = [max(0.0, shape.decode * slowdown + value) for kind, value in off.items() if not kind.has_chunks]
     most = max([*slower.values(), *decodes])
@@ -268,7 +269,7 @@ def _nearer(shape: _Shape, clock: GpuClock, settled: _Settled, measured: Mapping
         shape,
         heats={size: value / most for size, value in slower.items()},
         prefill=shape.prefill + fmean(late) if late else shape.prefill,
-        decode=decodes[-1] / most if decodes else shape.decode,
+        decode=fmean(decodes) / most if decodes else shape.decode,
     )
 
 

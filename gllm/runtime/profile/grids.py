@@ -21,8 +21,9 @@ MOST_EACH = 16
 
 _MOST_TRIES = 1000  # to find a step of one kind: in a small cache there may be none
 
-_ODD = 64
-"""For multiples of so many rows cuBLAS has other kernels, on an H200 up to 8 % slower ones; traffic seldom has them."""
+_SPECIAL, _STAIR = 64, 128
+"""For multiples of so many rows cuBLAS has other kernels, on an H200 up to 8 % slower ones, which traffic seldom has;
+after a multiple of so many, products take some per cent longer at once."""
 
 _BEYOND_STEP = 128  # between decode batches beyond the largest graph
 _CONTEXTS = (16, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -116,6 +117,7 @@ class Grid:
             *(self.base(num) for num in self.tokens),
             *(self.base(mix.num_tokens) for mix in each if mix.num_tokens > beyond_graphs),
             *(self.base(num) for num in self.queries if num > beyond_graphs),
+            *(self.base(BASE_CHUNK + num) for num in self.mixed_batches if BASE_CHUNK + num > beyond_graphs),
             *(self.decode(num) for num in self.decode_batches),
             *(self.attending(num, context) for num, context in product(self.batches, self.contexts)),
             *(self.mixed(num, context) for num, context in product(self.mixed_batches, self.mixed_contexts)),
@@ -152,7 +154,7 @@ def make_grid(room: Room, *, quick: bool = False) -> Grid:
         decode_batches=_with_graphs(captured, _beyond(batches)) if captured else batches,
         batches=batches,
         contexts=contexts,
-        tokens=_with_graphs(room.token_graph_sizes, tokens) if room.token_graph_sizes else tuple(tokens),
+        tokens=_with_graphs(room.token_graph_sizes, _stairs(tokens)) if room.token_graph_sizes else tuple(tokens),
         mixed_batches=mixed_batches,
         mixed_contexts=tuple(context for context in contexts if context in _MIXED_CONTEXTS),
         head_rows=_head_rows(room, mixed_batches, batches[-1]),
@@ -197,8 +199,18 @@ def _tokens(most: int) -> list[int]:
 def _with_graphs(captured: tuple[int, ...], points: Sequence[int]) -> tuple[int, ...]:
     """In graphs just what is captured; beyond them from the first step that is not, which may take much longer."""
     first = captured[-1] + 1
-    beyond = [num - (num % _ODD == 0 and num < points[-1]) for num in points if num > first]
+    beyond = [num for num in points if num > first]
     return (*captured, first, *beyond) if points[-1] >= first else captured
+
+
+def _stairs(points: Sequence[int]) -> list[int]:
+    """Steps beyond graphs: the last of each stair, the first of the next, and none that is special."""
+    found: list[int] = []
+    for num in points[:-1]:
+        found.append(num - (num % _SPECIAL == 0))
+        if num % _STAIR == 0:
+            found.append(num + 1)
+    return [*found, points[-1]]
 
 
 def _beyond(batches: tuple[int, ...]) -> list[int]:
