@@ -98,8 +98,9 @@ CAUSES = """\
   to 8 % slower than those of other numbers. Throttling makes steps of any number (Mooncake: steps 3 % shorter than
   predicted); Sarathi, whose steps have 2,048, did not mind.
 - Groups `qwen3-8b`, with `code` and `mooncake`, are of f5b92fb, all on a fourth machine, with other numbers of tokens
-  beyond graphs. Steps are off by -0.8 to -0.1 % in their sum. What is left, at 48/s above all, are hot steps of 1,300
-  to 1,900 tokens beside many decodes: 1 to 2.5 % longer than predicted, and decodes alone 1.3 % shorter. With this
+  beyond graphs. Steps are off by -0.8 to +0.1 % in their sum. What is left, at 48/s above all, are hot steps of 1,300
+  to 1,900 tokens beside many decodes: 1 to 2.5 % longer than predicted (the profile's points are the ends of stairs
+  of 128 tokens; just beyond them its checks take 5 to 6 % longer), and decodes alone 1.3 % shorter. With this
   profile the runs of `qwen3-8b_multiples` are off, in throughput, mean TPOT, E2E and TTFT, at 16/s by -0.2, +0.8,
   +0.9, +0.6 %, at 28/s by -0.2, -0.6, -0.5, -1.9; Mooncake's by +0.3, -3.0, -2.8, -3.6 (Sarathi 0.0, -0.3, -0.4, -1.0).
 - Groups `qwen3-0.6b` and `qwen3-8b_two-rests` are of 4f403a2, on another machine: left-over blocks of chunks are cut,
