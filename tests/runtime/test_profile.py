@@ -312,6 +312,9 @@ def test_points_of_tokens_are_what_is_captured_and_what_is_beyond():
     assert found.head(40) == Mix(contexts=(16,) * 40)
     quick = make_grid(room(token_graph_sizes=TOKEN_GRAPHS), quick=True)
     assert quick.tokens == (*TOKEN_GRAPHS, 129, 255, 257, 1023, 1025, 1100)
+    longer = make_grid(room(token_graph_sizes=TOKEN_GRAPHS, max_tokens=2600, max_num_seqs=64))
+    on_stairs = [num for start in range(1024, 2048, 128) for num in (start + 1, start + 65, start + 127)]
+    assert longer.tokens[longer.tokens.index(1025) :] == (*on_stairs, 2049, 2303, 2305, 2559, 2561, 2600)
     next_to_one = make_grid(room(token_graph_sizes=(*TOKEN_GRAPHS, 190)))
     assert next_to_one.tokens == (*TOKEN_GRAPHS, 190, *stairs, 1100)
     whole = make_grid(room(token_graph_sizes=(*TOKEN_GRAPHS, 1100)))

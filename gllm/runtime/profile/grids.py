@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, replace
-from itertools import cycle, islice, product
+from itertools import cycle, islice, pairwise, product
 from typing import TYPE_CHECKING
 
 from gllm.graph_sizes import MAX_CHUNKS
@@ -204,12 +204,14 @@ def _with_graphs(captured: tuple[int, ...], points: Sequence[int]) -> tuple[int,
 
 
 def _stairs(points: Sequence[int]) -> list[int]:
-    """Steps beyond graphs: the last of each stair, the first of the next, and none that is special."""
+    """Steps beyond graphs: first and last of each stair, one on a stair that is between two points; none is special."""
     found: list[int] = []
-    for num in points[:-1]:
+    for num, following in pairwise(points):
         found.append(num - (num % _SPECIAL == 0))
         if num % _STAIR == 0:
             found.append(num + 1)
+        if following - num == _STAIR:
+            found.append(num + _STAIR // 2 + 1)
     return [*found, points[-1]]
 
 
