@@ -102,7 +102,7 @@ CAUSES = """\
 - Groups `qwen3-8b_stair-ends`, with `code` and `mooncake`, are of f5b92fb, all on a fourth machine, with other numbers
   of tokens beyond graphs: the ends of stairs of 128 tokens alone. Just beyond them its checks take 5 to 6 % longer.
 - Groups `qwen3-8b`, with `code` and `mooncake`, are of 58142fc, all on a fifth machine; the profile has both ends of
-  stairs. Its checks of 1,300 to 2,050 tokens are off by -1.8 to +0.1 % (a rested GPU), decodes alone by up to 0.5 %.
+  stairs. Its checks of 1,300 to 2,050 tokens are off by -1.8 to +0.1 % (a rested GPU), decodes alone by 2 % at most.
   What is left are throttled steps of 1,089 to 2,047 tokens while the GPU is hot, 1.2 to 1.8 % longer than predicted
   whatever is in them; those of exactly 2,048, which Sarathi makes, are off by -0.6 to +0.2 %. What a step draws was
   measured at the upper ends of stairs, some of which draw less than what is between (since e276e3d profiles have points
