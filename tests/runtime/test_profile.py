@@ -113,7 +113,7 @@ class FakeWorkers:
         """What the step holds."""
         for new in step.admissions:
             self._tables[new.slot], self._prompts[new.slot] = [], new.token_ids
-            assert all(0 <= token < VOCAB_SIZE for token in new.token_ids)
+            assert 0 <= min(new.token_ids) <= max(new.token_ids) < VOCAB_SIZE
         decoding = array("i", step.decode_slots).tolist()
         assert len(decoding) == step.num_decodes
         for chunk in step.chunks:
@@ -140,9 +140,10 @@ class FakeWorkers:
             num = -(-self._lengths[slot] // self.limits.block_size)
             assert num <= len(self._tables[slot])
             needed += self._tables[slot][:num]
-        assert len(set(needed)) == len(needed), "sequences share a block"
-        assert set(needed) <= set(range(self.limits.num_blocks))
-        self.written |= set(needed)
+        blocks = set(needed)
+        assert len(blocks) == len(needed), "sequences share a block"
+        assert 0 <= min(blocks) <= max(blocks) < self.limits.num_blocks
+        self.written |= blocks
 
     def await_report(self):
         if not self.reports:

@@ -327,12 +327,13 @@ def _means(steps: Sequence[Step], tau_C: Floats, power: Power) -> Iterator[tuple
     average_C = np.zeros_like(tau_C)
     for step in steps:
         power_C = power(step.kind)
-        average_C = average_C * np.exp(-step.idle_ns / tau_C)
+        if step.idle_ns:
+            average_C = average_C * np.exp(-step.idle_ns / tau_C)
         x_C, above_C = step.took_ns / tau_C, average_C - power_C
-        mean_C = power_C + above_C * (1.0 - np.exp(-x_C)) / x_C
-        average_C = power_C + above_C * np.exp(-x_C)
+        left_C = np.exp(-x_C)
+        average_C = power_C + above_C * left_C
         if step.counts:
-            yield step, mean_C
+            yield step, power_C + above_C * (1.0 - left_C) / x_C
 
 
 def _heat(mean_C: Floats, knee_C: Floats | float) -> Floats:
