@@ -534,6 +534,14 @@ def test_a_clock_is_recovered_from_steps_in_a_row(clock, monkeypatch, tmp_path):
     assert read_profile(path).clock.limits[0].tau_ns == limit["tau_ns"]
 
 
+def test_unequal_stages_make_no_slower_clock(monkeypatch):
+    """What one waits for another is not taken for a rest of both."""
+    where = room(max_num_seqs=100, num_blocks=8000, depth=2, max_in_flight=3)
+    (limit,) = clocked(where, CLOCK, monkeypatch, quick=True)["clock"]["limits"]
+    assert limit["tau_ns"] == pytest.approx(LIMIT.tau_ns, rel=0.25)
+    assert limit["slowdown"] == pytest.approx(LIMIT.slowdown, rel=0.3)
+
+
 def test_a_slow_limit_is_found_in_seconds_of_steps(monkeypatch):
     slow = PowerLimit(tau_ns=600_000_000, slowdown=0.06, knee=0.75)  # four tenths of a second leave it where it is
     clock = GpuClock(limits=(replace(LIMIT, tau_ns=60_000_000), slow), attention=0.5)

@@ -233,17 +233,19 @@ class _Course:
     def play(self, parts: Sequence[Part]) -> Iterator[_Played]:
         """So long of each mix, after a rest."""
         self._session.rest(_REST_S)
-        last_ns: int | None = None
+        ends_ns: tuple[int, ...] = ()  # of the stages' last step
         for mix, num_tokens, for_ns in parts:
             num_steps = min(max(round(for_ns / max(self._times[mix].layers_ns, 1)), 1), MAX_REPEATS)
             first_ns = None
-            while first_ns is None or last_ns is None or last_ns < first_ns + for_ns:
+            while first_ns is None or ends_ns[0] < first_ns + for_ns:
                 before, steps = self._maker.make(mix, num_steps)
                 for number, stamps in enumerate(self._session.run([*before, *steps])):
                     took_ns = sum(stage.head_ns - stage.start_ns for stage in stamps) / len(stamps)
-                    idle_ns = 0 if last_ns is None else max(0, stamps[0].start_ns - last_ns)
+                    # Stages wait for each other: the mean of this, too, so that both make a step's whole time.
+                    waits = (max(0, stage.start_ns - end_ns) for stage, end_ns in zip(stamps, ends_ns, strict=True))
+                    idle_ns = int(sum(waits) / len(stamps)) if ends_ns else 0
                     counts = number >= len(before)
                     num = num_tokens if counts else mix.num_sequences  # a row for each
                     yield _Played(mix, num, idle_ns, took_ns, counts)
-                    # The first stage is looked at: its next step needs no other's.
-                    last_ns, first_ns = stamps[0].end_ns, stamps[0].start_ns if first_ns is None else first_ns
+                    ends_ns = tuple(stage.end_ns for stage in stamps)
+                    first_ns = stamps[0].start_ns if first_ns is None else first_ns

@@ -296,7 +296,8 @@ def _second_limit(series: Sequence[Sequence[Step]], clock: GpuClock) -> PowerLim
         for (step, ratio), (_, mean_C) in zip(known, _means(steps, tau_C, power), strict=True):
             squares.add(step.left - ratio, step.kind.share * _heat(mean_C, knee_C))
     at, slowdown = squares.best()
-    if slowdown < _LEAST:
+    is_within = tau_C.min() < tau_C[at] < tau_C.max()  # at an end of what is tried, it is something else that shows
+    if slowdown < _LEAST or not is_within:
         return None
     return PowerLimit(tau_ns=int(tau_C[at]), slowdown=slowdown, knee=float(knee_C[at]))
 
