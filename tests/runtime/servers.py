@@ -110,7 +110,7 @@ class Command:
         status = self.process.wait(timeout_s)
         if status == -signal.SIGINT:  # what Python ends with when Ctrl-C hit code that it ran from a string, as imports
             status = 128 + signal.SIGINT  # do to make dataclasses; a shell shows both alike
-        told = ("serving on http://", "cache blocks", "have loaded the model", "have made the cache")
+        told = ("serving on http://", "cache blocks", "has read", "have loaded the model", "have made the cache")
         return status, [line for line in self.err.splitlines() if not any(each in line for each in told)]
 
     def left(self, timeout_s=SOON_S + SLACK_S):
