@@ -103,16 +103,16 @@ CAUSES = """\
   of tokens beyond graphs: the ends of stairs of 128 tokens alone. Just beyond them its checks take 5 to 6 % longer.
 - Groups `qwen3-8b`, with `code` and `mooncake`, are of 58142fc, all on a fifth machine; the profile has both ends of
   stairs. Its checks of 1,300 to 2,050 tokens are off by -1.8 to +0.1 % (a rested GPU), decodes alone by 2 % at most.
-  What is left are throttled steps of 1,089 to 2,047 tokens while the GPU is hot, 1.2 to 1.8 % longer than predicted
-  whatever is in them; those of exactly 2,048, which Sarathi makes, are off by -0.6 to +0.2 %. What a step draws was
-  measured at the upper ends of stairs, some of which draw less than what is between (since e276e3d profiles have points
-  there, too). Beyond saturation TTFT is a queue and multiplies it. From the first to the last of three runs at 48/s,
-  four minutes, the card became 0.5 % slower.
+  What is left are throttled steps of 1,089 to 2,047 tokens while the GPU is hot, 1.2 to 1.6 % longer than predicted
+  in their sum, whatever is in them; those of exactly 2,048, which Sarathi makes, are off by -0.6 to +0.2 %. What a step
+  draws was measured at the upper ends of stairs, some of which draw less than what is between (since e276e3d profiles
+  have points there, too). Beyond saturation TTFT is a queue and multiplies it. From the first to the last of three runs
+  at 48/s, some six minutes, the card became 0.5 % slower.
 - Groups `qwen3-30b-a3b` are of e276e3d, all on a sixth machine, the first of a mixture of experts. What a step takes
-  follows from how many experts its tokens meet, which tables of numbers of tokens do not know: with random weights
-  64 decodes meet many more than a chunk of 64 tokens (11.2 ms, 6.5 ms), and one long chunk fewer than eight short ones.
-  Steps of 513 to 1,152 tokens come out 5 to 15 % too long, those of less than 256 up to 9 % too short; sums agree
-  to 2.5 %.
+  does not follow from its number of tokens alone: 64 decodes take 11.2 ms, a chunk of 64 tokens 6.5, and padding counts
+  for more than tokens do (a chunk of 512, which is captured, 11.3 ms, one of 576, padded to 640, 20.5). It seems to be
+  how many experts are read, by padding too. Steps of 513 to 1,152 tokens come out 0 to 22 % too long, those of up to
+  256 are off by -9 to +21 %; sums agree to 2.5 %.
 - Groups `qwen3-0.6b` and `qwen3-8b_two-rests` are of 4f403a2, on another machine: left-over blocks of chunks are cut,
   and chunks attended before decodes (taken back: their answers were wrong, which no time depends on). The profiles were
   made with two short rests for a step instead of three: 0.6B's hardly mind; of 8B steps of 1,024 to 1,152 tokens came

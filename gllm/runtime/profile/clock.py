@@ -240,10 +240,10 @@ class _Course:
             while first_ns is None or ends_ns[0] < first_ns + for_ns:
                 before, steps = self._maker.make(mix, num_steps)
                 for number, stamps in enumerate(self._session.run([*before, *steps])):
-                    took_ns = sum(stage.head_ns - stage.start_ns for stage in stamps) / len(stamps)
+                    took_ns = fmean(stage.head_ns - stage.start_ns for stage in stamps)
                     # Stages wait for each other: the mean of this, too, so that both make a step's whole time.
                     waits = (max(0, stage.start_ns - end_ns) for stage, end_ns in zip(stamps, ends_ns, strict=True))
-                    idle_ns = int(sum(waits) / len(stamps)) if ends_ns else 0
+                    idle_ns = int(fmean(waits)) if ends_ns else 0
                     counts = number >= len(before)
                     num = num_tokens if counts else mix.num_sequences  # a row for each
                     yield _Played(mix, num, idle_ns, took_ns, counts)
