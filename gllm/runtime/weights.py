@@ -85,10 +85,18 @@ def fill_with_dummy_weights(model: StageModel, *, seed: int = 0) -> None:
     """Fill a stage with numbers that depend on the seed, a tensor's name and the place in the whole tensor alone.
 
     However a model is cut, and on whatever device, its weights are the same, and each rank computes only its own.
+    Of a model with experts, what attention adds is scaled by 1 / sqrt(2 * layers), as GPT-2's layers begin: unscaled,
+    the tokens of a sequence grow alike from layer to layer (arXiv 2103.03404), until the same few experts take them
+    all; a trained router's load is balanced.
     """
+    gain, after_attention = (2 * model.config.shape.num_layers) ** -0.5, set[str]()
+    if model.config.shape.is_moe:
+        after_attention = {f"{model.checkpoint_name(f'layers.{layer}.attention.out')}.weight" for layer in model.layers}
     for each in wanted_tensors(model):
         if not each.is_empty:
             _fill(each, zlib.crc32(f"{seed}:{each.name}".encode()))
+            if each.name in after_attention:
+                each.target.mul_(gain)
 
 
 def wanted_tensors(model: StageModel) -> Iterator[Wanted]:

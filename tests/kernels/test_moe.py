@@ -92,6 +92,37 @@ def test_the_router_masks_experts_at_minus_infinity(device):
     torch.testing.assert_close(weights.sum(-1), torch.ones(3, device=device))
 
 
+@pytest.mark.parametrize("implementation", [route_triton, route_reference])
+def test_padding_visits_no_expert(device, implementation):
+    torch.manual_seed(0)
+    scores = torch.randn(6, 20, device=device)
+    scores[4] = float("nan")
+    expected, expected_ids = implementation(scores, 3, normalised=True)
+    places = torch.tensor([0, 17, -1, 5, -1, 3], device=device)
+    weights, ids = implementation(scores, 3, normalised=True, slot_mapping_T=places)
+    is_real = places >= 0
+    assert torch.equal(weights[is_real], expected[is_real])
+    assert torch.equal(ids[is_real], expected_ids[is_real])
+    assert (weights[~is_real] == 0).all()
+    assert (ids[~is_real] == -1).all()
+
+
+@pytest.mark.parametrize("first", [0, 4])
+@pytest.mark.parametrize("num_real", [0, 1, 7, 23])
+def test_experts_add_nothing_to_padding(device, num_real, first):
+    """Choices of -1, as padding has: in any place, of few tokens (not sorted) and of more."""
+    torch.manual_seed(num_real)
+    for num_tokens, shape in ((24, (32, 24, 8, 2)), (max(1, num_real), (32, 24, 8 * 128, 2))):
+        inputs = draw(device, num_tokens, shape, held=4)
+        expected = exact(*(tensor.cpu() for tensor in inputs), first_expert=first).to(device)
+        is_padding = torch.randperm(num_tokens, device=device) >= num_real
+        inputs[3][is_padding], inputs[4][is_padding], expected[is_padding] = 0, -1, 0
+        for implementation in (experts_triton, experts_reference):
+            out = implementation(*inputs, first_expert=first)
+            assert relative_error(out, expected) < 1e-5
+            assert (out[is_padding] == 0).all()
+
+
 # (tokens, (hidden size, width, experts, chosen), first held, held): one token; choices unsorted; a block each; many
 # blocks of an expert; experts without choices; sizes that no tile divides.
 SIZES = [
@@ -254,6 +285,9 @@ def test_a_router_that_cannot_choose_raises(device):
         route(scores[0], 2, normalised=True)
     with pytest.raises(ValueError, match="floating-point"):
         route(scores.long(), 2, normalised=True)
+    for places in (torch.zeros(4), torch.zeros(3, dtype=torch.int64), torch.zeros(8, dtype=torch.int64)[::2]):
+        with pytest.raises(ValueError, match=r"slot mapping must be \[4\] of int64"):
+            route(scores, 2, normalised=True, slot_mapping_T=places)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from gllm_kernels.routing import route
 from runtime import inprocess
 from runtime.inprocess import local_llm
 from runtime.stepping import random_prompts
@@ -96,6 +97,24 @@ def test_prompts_are_told_of_from_a_graph(tiny, request):
             assert {token: pytest.approx(entry.logprob, abs=1e-4) for token, entry in place.items()} == {
                 token: entry.logprob for token, entry in other.items()
             }
+
+
+def test_padding_visits_no_expert(tiny, request, monkeypatch):
+    """Neither in graphs of decodes nor in those of chunks: what is not there has nothing read for it."""
+    visits = []
+
+    def seen(*args, **options):
+        weights, ids = route(*args, **options)
+        visits.append((int((ids >= 0).sum()), ids.numel()))
+        return weights, ids
+
+    monkeypatch.setattr("gllm.runtime.layers.moe.route", seen)
+    request.getfixturevalue("captured")
+    answers(tiny("qwen3-moe"), GREEDY, policy="sarathi:token_budget=48")
+    real, padded = map(sum, zip(*visits, strict=True))
+    num_layers, num_chosen = 3, 2
+    assert real == num_layers * num_chosen * sum(len(prompt) + GREEDY.max_tokens - 1 for prompt in PROMPTS)
+    assert padded > real
 
 
 @pytest.mark.parametrize("most", [1, 7, 16, 100, 512, 600, 4096, 10_000])

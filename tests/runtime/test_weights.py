@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from gllm_kernels.routing import route
 from runtime.stepping import Engine, load_stages, on_ranks, random_prompts
 from runtime.tiny_models import VOCAB_SIZE, make
 from safetensors.torch import load_file, save_file
@@ -178,6 +179,28 @@ def test_dummy_weights_look_like_weights_and_follow_the_seed(tmp_path):
     assert not torch.equal(weight, stage.layers["0"].mlp.gate_up.weight)
     (other,) = load_stages(tmp_path, fill=lambda stage, _: fill_with_dummy_weights(stage, seed=1))
     assert not torch.equal(weight, other.layers["1"].mlp.gate_up.weight)
+
+
+def test_dummy_weights_send_a_prompt_to_all_experts(tmp_path, monkeypatch):
+    """As a trained router does; not each of its tokens to the same few."""
+    make("qwen3-moe", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"num_hidden_layers": 24, "hidden_size": 128, "vocab_size": 512, "num_experts": 64}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"layer_types": None}))
+    chosen = []
+
+    def seen(*args, **options):
+        weights, ids = route(*args, **options)
+        chosen.append(ids.flatten().bincount(minlength=64))
+        return weights, ids
+
+    monkeypatch.setattr("gllm.runtime.layers.moe.route", seen)
+    (prompt,) = random_prompts([192], 512)
+    Engine(load_stages(tmp_path, fill=dummy), [prompt], max_len=192).step([(0, 192)])
+    visits = torch.stack(chosen)  # 6 of each expert in the mean
+    assert visits.shape == (24, 64)
+    assert (visits > 0).float().mean() > 0.98
+    assert visits.max() < 32
 
 
 def test_a_width_the_ranks_cannot_share_is_one_line(tmp_path):

@@ -11,6 +11,7 @@ from gllm.runtime.layers.linear import ColumnLinear, RowLinear, even_rows
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gllm.runtime.attention_batch import AttentionBatch
     from gllm.runtime.layers.norm import RmsNorm
     from gllm.runtime.layers.sharded import Placement
 
@@ -33,8 +34,11 @@ class GatedMlp(nn.Module):
         self.gate_up = ColumnLinear(hidden_size, rows, bias=bias, place=place)
         self.down = RowLinear(width, hidden_size, bias=bias, adds=adds, place=place, what=what)
 
-    def forward(self, x_TD: Tensor | None, residual_TD: Tensor, *, norm: RmsNorm) -> tuple[Tensor | None, Tensor]:
+    def forward(
+        self, x_TD: Tensor | None, residual_TD: Tensor, batch: AttentionBatch, *, norm: RmsNorm
+    ) -> tuple[Tensor | None, Tensor]:
         """The whole output for the norm of x + residual, and that sum, or None and the sum of both."""
+        del batch  # padding costs nothing of its own here
         hidden_TI, residual_TD = self.gate_up.after_norm(norm, x_TD, residual_TD, gated=True)
         x_TD, residual_TD = self.down(hidden_TI, residual_TD)
         return x_TD, residual_TD

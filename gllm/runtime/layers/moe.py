@@ -21,6 +21,7 @@ from gllm.runtime.layers.sharded import Part, Placement, Sharded
 from gllm.runtime.shard import slice_of
 
 if TYPE_CHECKING:
+    from gllm.runtime.attention_batch import AttentionBatch
     from gllm.runtime.layers.norm import RmsNorm
     from gllm.runtime.model_config import ModelConfig
 
@@ -40,10 +41,15 @@ class SparseMlp(nn.Module):
         if width := shape.shared_expert_intermediate_size:
             self.shared = GatedMlp(shape.hidden_size, width, place=place, what="shared_expert_intermediate_size")
 
-    def forward(self, x_TD: Tensor | None, residual_TD: Tensor, *, norm: RmsNorm) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_TD: Tensor | None, residual_TD: Tensor, batch: AttentionBatch, *, norm: RmsNorm
+    ) -> tuple[Tensor, Tensor]:
         """The whole output for the norm of x + residual, and that sum; equal on all ranks."""
         x_TD, residual_TD = norm.after_adding(x_TD, residual_TD)
-        out_TD = self.experts(x_TD, *route(self.router(x_TD), self.num_chosen, normalised=self.normalised))
+        weights_TA, ids_TA = route(
+            self.router(x_TD), self.num_chosen, normalised=self.normalised, slot_mapping_T=batch.slot_mapping_T
+        )
+        out_TD = self.experts(x_TD, weights_TA, ids_TA)
         if self.shared is not None:
             shared_TD = self.shared.partial(x_TD)
             out_TD = out_TD + (

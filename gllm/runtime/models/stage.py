@@ -49,7 +49,7 @@ class DecoderLayer(nn.Module):
     ) -> tuple[Tensor | None, Tensor]:
         """Take and give what is still to be added to the residual apart from it: the next norm adds on its way."""
         x_TD, residual_TD = self.attention(x_TD, residual_TD, rotation, batch, cache, norm=self.attention_norm)
-        x_TD, residual_TD = self.mlp(self.after_attention(x_TD), residual_TD, norm=self.mlp_norm)
+        x_TD, residual_TD = self.mlp(self.after_attention(x_TD), residual_TD, batch, norm=self.mlp_norm)
         return self.after_mlp(x_TD), residual_TD
 
 
