@@ -5,7 +5,7 @@ A step is padded to the next size. One beyond the largest is launched kernel by 
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -38,6 +38,24 @@ def graph_sizes(max_num_seqs: int) -> list[int]:
 def padded(num: int, sizes: Sequence[int]) -> int:
     """What a step of no more than the largest size is padded to: the smallest one that is not below."""
     return sizes[bisect_left(sizes, num)]
+
+
+def as_measured(num: int, sizes: Sequence[int], measured: Sequence[int]) -> int:
+    """Where, among the points of a table, to look for what a step takes.
+
+    At the size that it is padded to, where a graph was measured with that alone. One whose padding costs less than
+    tokens do was measured with fewer, too, and what is between takes what lies between. So does all beyond the sizes.
+
+    Args:
+        num: sequences or tokens of the step.
+        sizes: of graphs, increasing.
+        measured: the table's points, increasing; each size is one.
+    """
+    if not sizes or num > sizes[-1]:
+        return num
+    index = bisect_left(sizes, num)
+    fewest = measured[bisect_right(measured, sizes[index - 1])] if index else measured[0]
+    return max(num, fewest)
 
 
 def has_token_graphs(backend: str) -> bool:

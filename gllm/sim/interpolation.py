@@ -10,7 +10,7 @@ from bisect import bisect_right
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
-from gllm.graph_sizes import padded
+from gllm.graph_sizes import as_measured
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -46,7 +46,7 @@ def look_up(curve: Curve, point: int, figure: Callable[[int], float], outside: C
 def look_up_padded(
     curve: Curve, sizes: Sequence[int], figure: Callable[[int], float], outside: Callable[[str], None]
 ) -> Callable[[int], float]:
-    """The time at the next of the sizes of graphs, else on the line through the points beyond them alone.
+    """The time of a graph that the step is padded to, else on the line through the points beyond them alone.
 
     The first step that is in no graph may take much longer than the largest that is.
     """
@@ -57,7 +57,7 @@ def look_up_padded(
 
     def time_ns(num: int) -> float:
         if sizes and num <= sizes[-1]:
-            return look_up(curve, padded(num, sizes), figure, outside)
+            return look_up(curve, as_measured(num, sizes, curve.at), figure, outside)
         return look_up(beyond, num, figure, outside)
 
     return time_ns

@@ -159,6 +159,7 @@ def _profile(top: Fields, name: str) -> Profile:
     parallel = _parallel(top.part("parallel"))
     prefill, gap, host = top.part("prefill_attention"), top.part("gap"), top.part("host")
     graph_head = None if top.is_absent("graph_head") else top.part("graph_head").curve("rows")
+    graph_sizes = top.points("graph_sizes", 1, may_be_empty=True)
     token_graph_sizes = top.points("token_graph_sizes", 1, may_be_empty=True)
     return Profile(
         name=name,
@@ -169,11 +170,11 @@ def _profile(top: Fields, name: str) -> Profile:
         date=top.part("made").text("date"),
         num_layers=top.whole("layers", 1),
         base_chunk=top.whole("base_chunk", 1),
-        graph_sizes=top.points("graph_sizes", 1, may_be_empty=True),
+        graph_sizes=graph_sizes,
         token_graph_sizes=token_graph_sizes,
-        decode=top.part("decode").curve("batches"),
+        decode=_base(top.part("decode"), "batches", "graph_sizes", graph_sizes),
         decode_attention=top.part("decode_attention").surface("batches", "contexts", "ns"),
-        tokens=_tokens(top.part("tokens"), token_graph_sizes),
+        tokens=_base(top.part("tokens"), "tokens", "token_graph_sizes", token_graph_sizes),
         mixed=top.part("mixed").surface("batches", "contexts", "ns"),
         prefill_one=prefill.surface("queries", "starts", "one_ns"),
         prefill_each=prefill.surface("queries", "starts", "each_ns"),
@@ -192,11 +193,12 @@ def _profile(top: Fields, name: str) -> Profile:
     )
 
 
-def _tokens(part: Fields, graph_sizes: tuple[int, ...]) -> Curve:
-    curve = part.curve("tokens")
-    missing = [size for size in graph_sizes if size not in curve.at]
+def _base(part: Fields, points: str, field: str, sizes: tuple[int, ...]) -> Curve:
+    """With a point at each of the sizes of graphs, which are in that field."""
+    curve = part.curve(points)
+    missing = [size for size in sizes if size not in curve.at]
     if missing:
-        raise part.wrong("tokens", f"has no point at {missing[0]}, which is in token_graph_sizes")
+        raise part.wrong(points, f"has no point at {missing[0]}, which is in {field}")
     return curve
 
 

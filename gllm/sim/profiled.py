@@ -11,7 +11,8 @@ docs/profile.md has the composition. L layers of a stage, all of the profile's:
 Where the profile has a clock (`gllm.gpu_clock`), these are times after a rest, and arithmetic, which is all but the
 attention of decodes and the head, is stretched by what each stage computed before.
 
-Where a step is a CUDA graph, decode(n) and tokens(T) are of the next captured size, and so is the head. Beyond its
+Where a step is a CUDA graph, decode(n) and tokens(T) are of the next captured size, and so is the head; of a model
+whose padding costs less than tokens (it visits no expert) they lie between what is measured of that size. Beyond its
 tables a part goes on as the roofline does, scaled to the nearest measured point; `Profiled.notes` says which did.
 """
 
@@ -22,7 +23,7 @@ from math import fsum
 from statistics import fmean
 from typing import TYPE_CHECKING, NamedTuple
 
-from gllm.graph_sizes import padded
+from gllm.graph_sizes import as_measured, padded
 from gllm.parallel import Parallel
 from gllm.sim.constants import RooflineConstants
 from gllm.sim.cost import COMPONENTS, Load, kept_tokens, tokens_from_memory
@@ -112,8 +113,11 @@ class Profiled:
         self._decode = cache(self._decode_step)
         # Both products and what a step takes grow with the model: their rate, by the best one, is one of tokens.
         self._best_rate = max((num / ns for num, ns in zip(*profile.tokens, strict=True) if ns), default=1.0)
-        self._base_power = cache(partial(self._power, profile.token_graph_sizes, self._tokens_ns, has_chunks=True))
-        self._decode_power = cache(partial(self._power, profile.graph_sizes, self._decode_ns, has_chunks=False))
+        tokens, decode = profile.tokens.at, profile.decode.at
+        chunked = partial(as_measured, sizes=profile.token_graph_sizes, measured=tokens)
+        alone = partial(as_measured, sizes=profile.graph_sizes, measured=decode)
+        self._base_power = cache(partial(self._power, chunked, self._tokens_ns, has_chunks=True))
+        self._decode_power = cache(partial(self._power, alone, self._decode_ns, has_chunks=False))
 
     def _on_gpu(
         self, profile: Profile, shape: ModelShape, gpu: Gpu, parallel: Parallel, constants: RooflineConstants
@@ -202,10 +206,11 @@ class Profiled:
         base_ns, attention_ns, head_ns = self._decode(work.num_decode_tokens)
         return base_ns, attention_ns(tokens_from_memory(work, self._kept_tokens)), 0.0, head_ns
 
-    def _power(self, sizes: Sequence[int], base_ns: Callable[[int], float], num: int, *, has_chunks: bool) -> float:
-        """Of a step's base, by the rate of its tokens, those of its padding too."""
-        num_computed = padded(num, sizes) if sizes and num <= sizes[-1] else num
-        time_ns = base_ns(num)
+    def _power(
+        self, as_computed: Callable[[int], int], base_ns: Callable[[int], float], num: int, *, has_chunks: bool
+    ) -> float:
+        """Of a step's base, by the rate of its tokens, those of padding too that costs what they do."""
+        num_computed, time_ns = as_computed(num), base_ns(num)
         if self.clock is None or time_ns <= 0:
             return 0.0
         rate = min(1.0, num_computed / (time_ns * self._best_rate))

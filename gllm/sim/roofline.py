@@ -108,25 +108,26 @@ class _Rank:
         self.router = self._matmul(shape.hidden_size, shape.num_experts)
         self.missed = missed_expert_table(shape.num_experts, shape.num_experts_per_token)
 
-    def moe_ns(self, num_tokens: int) -> float:
-        """One layer of experts, with uniform routing, on the fullest of the ep groups.
+    def moe_ns(self, num_tokens: int, num_padding: int = 0) -> float:
+        """One layer of experts, with uniform routing, on the fullest of the ep groups; padding visits the shared one.
 
         A group's rows are about normal with variance rows*(1 - 1/ep), so the fullest of ep groups has the expected
         maximum of ep normal deviates more than the mean. The number of experts read is taken at its mean.
         """
         ep, k = self.parallel.ep, self.shape.num_experts_per_token
-        rows = num_tokens * k / ep
+        num_visiting = num_tokens - num_padding
+        rows = num_visiting * k / ep
         extra = _EXPECTED_MAX[min(ep, len(_EXPECTED_MAX)) - 1] * sqrt(rows * (1.0 - 1.0 / ep))
-        rows = min(rows + extra, num_tokens * min(k, self.shape.num_experts // ep))
-        missed = self.missed[num_tokens] if num_tokens < len(self.missed) else 0.0
+        rows = min(rows + extra, num_visiting * min(k, self.shape.num_experts // ep))
+        missed = self.missed[num_visiting] if num_visiting < len(self.missed) else 0.0
         shared_ns = fsum(part.ns(num_tokens) for part in self.shared)
         return self.expert.ns(rows, 1.0 - missed) + self.router.ns(num_tokens) + shared_ns
 
-    def gemm_ns(self, num_tokens: int, stage: Stage) -> float:
-        """Every product of a stage's layers, with the activation between two of them."""
+    def gemm_ns(self, num_tokens: int, num_padding: int, stage: Stage) -> float:
+        """Every product of a stage's layers, with the activation between two of them; padding visits no experts."""
         attention = fsum(part.ns(num_tokens) for part in self.projections)
         dense = fsum(part.ns(num_tokens) for part in self.dense) if stage.num_dense else 0.0
-        experts = self.moe_ns(num_tokens) if stage.num_moe else 0.0
+        experts = self.moe_ns(num_tokens, num_padding) if stage.num_moe else 0.0
         return attention * stage.num_layers + dense * stage.num_dense + experts * stage.num_moe
 
     def all_reduce_ns(self, num_tokens: int) -> float:
@@ -217,13 +218,13 @@ class Roofline:
         self._prefill_key_ns, self._prefill_query_ns = kv_bytes * self._rank.byte_ns, query_bytes * self._rank.byte_ns
         self._pair_ns = 4 * query * 1e9 / (gpu.bf16_flop_per_s * constants.prefill_attention_efficiency)
 
-    def _token_parts(self, num_tokens: int, kind: Stage) -> tuple[float, float, float]:
+    def _token_parts(self, num_tokens: int, num_padding: int, kind: Stage) -> tuple[float, float, float]:
         """Nanoseconds of `gemm`, `all_reduce` and `other` in a stage of that kind, whatever the contexts."""
         rank = self._rank
         embedding_ns = 2 * rank.token_bytes * num_tokens * rank.byte_ns if kind.is_first else 0.0
         gaps_ns = rank.num_kernels(kind) * self._constants.kernel_gap_ns
         return (
-            rank.gemm_ns(num_tokens, kind),
+            rank.gemm_ns(num_tokens, num_padding, kind),
             rank.all_reduce_ns(num_tokens) * (2 * kind.num_layers + kind.is_first),  # the embedding is sliced too
             rank.element_ns * num_tokens * kind.num_layers + gaps_ns + embedding_ns,
         )
@@ -233,7 +234,7 @@ class Roofline:
         num_computed, in_graph = _in_graph(num_tokens, sizes)
         floors_ns = [0 if in_graph else self._rank.launch_ns(kind) for kind in self._kinds]
         return [
-            (fsum(self._token_parts(num_computed, kind)), kind.num_layers, floor_ns)
+            (fsum(self._token_parts(num_computed, num_computed - num_tokens, kind)), kind.num_layers, floor_ns)
             for kind, floor_ns in zip(self._kinds, floors_ns, strict=True)
         ]
 
@@ -281,8 +282,9 @@ class Roofline:
 
     def _kind_components(self, work: Work, kind: Stage) -> dict[str, float]:
         prefill, decode = work.num_prefill_tokens, work.num_decode_tokens
-        num_computed, in_graph = _in_graph(prefill + decode, self._chunked_sizes if prefill else self._decode_sizes)
-        gemm, all_reduce, other = self._token_parts(num_computed, kind)
+        num_tokens, sizes = prefill + decode, self._chunked_sizes if prefill else self._decode_sizes
+        num_computed, in_graph = _in_graph(num_tokens, sizes)
+        gemm, all_reduce, other = self._token_parts(num_computed, num_computed - num_tokens, kind)
         parts = {
             "gemm": gemm,
             "prefill_attention": self._prefill_attention_ns(work) * kind.num_layers,

@@ -100,14 +100,14 @@ def experts_reference(
 
 
 # Tiles of the products with gate_up and with down, each pair up to a mean number of choices of an expert. Few choices:
-# weights come at the memory's pace, and a block should hold all choices of its expert, or its weights are read again.
+# weights come at the memory's pace, and a block should hold all choices of its expert, or its weights are read again:
+# with a mean near the block's most, half of the experts need two.
 # Many: the tensor cores' pace, in the largest tiles that the registers hold.
 TILES = (
     (0.25, (Tiles(16, 32, 128, 8, 4, 4), Tiles(16, 32, 128, 8, 4, 4))),
     (8, (Tiles(16, 64, 128, 8, 4, 4), Tiles(16, 64, 128, 8, 4, 4))),
     (20, (Tiles(32, 64, 128, 8, 4, 4), Tiles(32, 64, 128, 8, 4, 4))),
-    (48, (Tiles(64, 128, 64, 8, 4, 4), Tiles(64, 128, 64, 8, 4, 4))),
-    (96, (Tiles(64, 256, 64, 8, 8, 4), Tiles(64, 256, 64, 8, 8, 4))),
+    (56, (Tiles(64, 128, 64, 8, 4, 4), Tiles(64, 128, 64, 8, 4, 4))),
     (float("inf"), (Tiles(128, 256, 64, 8, 8, 4), Tiles(128, 256, 64, 8, 8, 4))),
 )
 FLOAT32_TILES = (Tiles(16, 64, 32, 8, 4, 2), Tiles(16, 64, 32, 8, 4, 2))

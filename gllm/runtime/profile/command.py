@@ -124,6 +124,7 @@ def room(config: RuntimeConfig, shape: ModelShape, limits: Limits, device: str) 
         max_tokens=max_tokens,
         graph_sizes=tuple(graph_sizes(limits.max_num_seqs)),
         token_graph_sizes=tuple(token_graph_sizes(max_tokens, shape, config.parallel.tp)) if is_captured else (),
+        skips_padding=shape.is_moe,
     )
 
 

@@ -47,6 +47,7 @@ class Room:
     max_tokens: int
     graph_sizes: tuple[int, ...] = ()  # of decode batches; none where nothing is captured
     token_graph_sizes: tuple[int, ...] = ()  # of steps with chunks
+    skips_padding: bool = False  # in graphs: there it costs less than tokens do
 
     def fits(self, mix: Mix) -> bool:
         """Whether a mix can be computed without sequences that share blocks."""
@@ -147,14 +148,17 @@ def make_grid(room: Room, *, quick: bool = False) -> Grid:
     doublings = _doublings(room.limits.max_num_seqs, 8 if quick else 2)
     batches = tuple(num for num in doublings if room.fits(decodes(num, contexts[0])))
     captured = tuple(num for num in room.graph_sizes if room.fits(decodes(num, contexts[0])))
+    in_graphs = _with_fewest if room.skips_padding else tuple
     mixed_batches = _mixed_batches(room, contexts[0], batches)
     queries = _up_to(min(longest, room.max_tokens), _QUICK_QUERIES if quick else _QUERIES)
     return Grid(
         room=room,
-        decode_batches=_with_graphs(captured, _beyond(batches)) if captured else batches,
+        decode_batches=_with_graphs(in_graphs(captured), _beyond(batches)) if captured else batches,
         batches=batches,
         contexts=contexts,
-        tokens=_with_graphs(room.token_graph_sizes, _stairs(tokens)) if room.token_graph_sizes else tuple(tokens),
+        tokens=_with_graphs(in_graphs(room.token_graph_sizes), _stairs(tokens))
+        if room.token_graph_sizes
+        else tuple(tokens),
         mixed_batches=mixed_batches,
         mixed_contexts=tuple(context for context in contexts if context in _MIXED_CONTEXTS),
         head_rows=_head_rows(room, mixed_batches, batches[-1]),
@@ -201,6 +205,11 @@ def _with_graphs(captured: tuple[int, ...], points: Sequence[int]) -> tuple[int,
     first = captured[-1] + 1
     beyond = [num for num in points if num > first]
     return (*captured, first, *beyond) if points[-1] >= first else captured
+
+
+def _with_fewest(sizes: Sequence[int]) -> tuple[int, ...]:
+    """Graphs, each also with the fewest tokens that it is replayed for."""
+    return tuple(num for smaller, size in pairwise((0, *sizes)) for num in sorted({smaller + 1, size}))
 
 
 def _stairs(points: Sequence[int]) -> list[int]:

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from statistics import median_low
 from typing import TYPE_CHECKING, Any
 
+from gllm.graph_sizes import as_measured
 from gllm.runtime.profile.grids import BASE_CHUNK
 from gllm.runtime.profile.steps import chunks
 
@@ -63,16 +64,15 @@ class _Base:
         return self._times[mix].layers_ns - self._at(mix.num_tokens)
 
     def _at(self, num_tokens: int) -> int:
-        """As measured, or as who reads the table sees it: of the next graph's size, else on the line between points."""
+        """As measured, or as who reads the table sees it."""
         measured = self._times.get(self._grid.base(num_tokens))
         if measured is not None:
             return measured.layers_ns
         points = list(self.ns)
-        right = points[bisect_left(points, num_tokens)]
-        if right == num_tokens or right in self._graph_sizes:
-            return self.ns[right]
-        left = points[bisect_left(points, num_tokens) - 1]
-        return _on_line((left, self.ns[left]), (right, self.ns[right]), num_tokens)
+        at = as_measured(num_tokens, self._graph_sizes, points)
+        index = bisect_left(points, at)
+        left, right = points[index - 1], points[index]
+        return self.ns[at] if at == right else _on_line((left, self.ns[left]), (right, self.ns[right]), at)
 
 
 def _attention_rows(grid: Grid, times: Mapping[Mix, Times]) -> dict[int, list[int | None]]:
