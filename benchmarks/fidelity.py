@@ -46,7 +46,10 @@ PROFILES = {
     "qwen3-8b_one-limit": "benchmarks/results/twin/qwen3-8b_one-limit_h200.json",
     "qwen3-8b_multiples": "benchmarks/results/twin/qwen3-8b_multiples_h200.json",
     "qwen3-8b_stair-ends": "benchmarks/results/twin/qwen3-8b_stair-ends_h200.json",
+    "qwen3-8b_stairs": "benchmarks/results/twin/qwen3-8b_stairs_h200.json",
     "qwen3-8b": "qwen3-8b_h200",
+    "qwen3-30b-a3b_padded": "benchmarks/results/twin/qwen3-30b-a3b_padded_h200.json",
+    "qwen3-30b-a3b_small-tiles": "benchmarks/results/twin/qwen3-30b-a3b_small-tiles_h200.json",
     "qwen3-30b-a3b": "qwen3-30b-a3b_h200",
     "qwen3-0.6b_whole-blocks": "benchmarks/results/twin/qwen3-0.6b_whole-blocks_h200.json",
     "qwen3-0.6b": "qwen3-0.6b_h200",
@@ -101,18 +104,24 @@ CAUSES = """\
   predicted); Sarathi, whose steps have 2,048, did not mind.
 - Groups `qwen3-8b_stair-ends`, with `code` and `mooncake`, are of f5b92fb, all on a fourth machine, with other numbers
   of tokens beyond graphs: the ends of stairs of 128 tokens alone. Just beyond them its checks take 5 to 6 % longer.
-- Groups `qwen3-8b`, with `code` and `mooncake`, are of 58142fc, all on a fifth machine; the profile has both ends of
-  stairs. Its checks of 1,300 to 2,050 tokens are off by -1.8 to +0.1 % (a rested GPU), decodes alone by 2 % at most.
-  What is left are throttled steps of 1,089 to 2,047 tokens while the GPU is hot, 1.2 to 1.6 % longer than predicted
-  in their sum, whatever is in them; those of exactly 2,048, which Sarathi makes, are off by -0.6 to +0.2 %. What a step
-  draws was measured at the upper ends of stairs, some of which draw less than what is between (since e276e3d profiles
-  have points there, too). Beyond saturation TTFT is a queue and multiplies it. From the first to the last of three runs
-  at 48/s, some six minutes, the card became 0.5 % slower.
-- Groups `qwen3-30b-a3b` are of e276e3d, all on a sixth machine, the first of a mixture of experts. What a step takes
-  does not follow from its number of tokens alone: 64 decodes take 11.2 ms, a chunk of 64 tokens 6.5, and padding counts
-  for more than tokens do (a chunk of 512, which is captured, 11.3 ms, one of 576, padded to 640, 20.5). It seems to be
-  how many experts are read, by padding too. Steps of 513 to 1,152 tokens come out 0 to 22 % too long, those of up to
-  256 are off by -9 to +21 %; sums agree to 2.5 %.
+- Groups `qwen3-8b_stairs`, with `code` and `mooncake`, are of 58142fc, all on a fifth machine; the profile has both
+  ends of stairs. Its checks of 1,300 to 2,050 tokens are off by -1.8 to +0.1 % (a rested GPU), decodes alone by 2 % at
+  most. Throttled steps of 1,089 to 2,047 tokens while the GPU is hot are 1.2 to 1.6 % longer than predicted in their
+  sum, whatever is in them: what a step draws was measured at the upper ends of stairs, some of which draw less than
+  what is between. From the first to the last of three runs at 48/s, some six minutes, the card became 0.5 % slower.
+- Groups `qwen3-8b`, with `code` and `mooncake`, are of f35153c, all on another machine; the profile has points halfway
+  up stairs, too. What is left are steps of 1,024 to 1,792 tokens at 48/s, 1.0 to 1.4 % longer than predicted, the more
+  decodes are in them. Beyond saturation TTFT is a queue and multiplies it.
+- Groups `qwen3-30b-a3b_padded` are of e276e3d, all on one machine, the first of a mixture of experts. Padding was
+  routed, each row of it to experts of its own, which were then read, and random weights sent all tokens of a prompt to
+  the same few experts (a chunk of 512 tokens, of no padding, 11.3 ms; one of 576, padded to 640, 20.5): no table by
+  tokens holds that. Steps of 513 to 1,152 tokens come out 0 to 22 % too long, those of up to 256 are off by -9 to
+  +21 %; sums agree to 2.5 %. Both were mended in f35153c.
+- Groups `qwen3-30b-a3b_small-tiles` are of 23f197c with the tiles of before, all on one machine: graphs are measured
+  with the fewest tokens that they are replayed for, too. Steps of 1,025 to 1,536 tokens are 1 to 4 % longer than
+  predicted: an expert has 64 to 96 of them in the mean, and its blocks held 64, so that what a step takes follows how
+  evenly they are spread. In `qwen3-30b-a3b` (23f197c, all on another machine) blocks hold 128 from there on: steps of
+  1,280 to 1,536 tokens take 15 % less (others 2 %: the machine) and are 1.6 to 2.3 % longer than predicted.
 - Groups `qwen3-0.6b` and `qwen3-8b_two-rests` are of 4f403a2, on another machine: left-over blocks of chunks are cut,
   and chunks attended before decodes (taken back: their answers were wrong, which no time depends on). The profiles were
   made with two short rests for a step instead of three: 0.6B's hardly mind; of 8B steps of 1,024 to 1,152 tokens came

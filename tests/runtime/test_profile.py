@@ -42,10 +42,12 @@ FIRST_PLAN = 7
 VOCAB_SIZE = 50
 
 
-def tokens_ns(num_tokens, sizes):
+def tokens_ns(num_tokens, sizes, *, skips_padding=False):
     """A host's pace at least, outside of graphs."""
     captured = next((size for size in sizes if size >= num_tokens), None)
-    return 20_000 * max(num_tokens, 192) if captured is None else 18_000 * captured
+    if captured is None:
+        return 20_000 * max(num_tokens, 192)
+    return 18_000 * captured - skips_padding * 11_000 * (captured - num_tokens)
 
 
 def one_ns(start, num_tokens):
@@ -58,9 +60,9 @@ def prefill_ns(chunks):
     return sum(one_ns(*chunk) // (1 + (len(chunks) > 1)) for chunk in chunks)
 
 
-def decode_ns(num, sizes):
+def decode_ns(num, sizes, *, skips_padding=False):
     captured = next((size for size in sizes if size >= num), num)
-    return 500_000 + 9_000 * captured
+    return 500_000 + 9_000 * captured - skips_padding * 5_000 * (captured - num)
 
 
 def decode_attention_ns(contexts):
@@ -169,19 +171,21 @@ class FakeWorkers:
         attention = decode_attention_ns(mix.contexts)
         if not mix.chunks:
             gap = "chunked_ns" if sizes and num > sizes[-1] else "decode_ns"
-            return decode_ns(num, sizes) + attention, graph_head_ns(num, sizes), GAPS_NS[gap]
-        token_sizes = self.token_graph_sizes
-        layers = tokens_ns(mix.num_tokens, token_sizes) + mixed_ns(mix.contexts) + attention + prefill_ns(mix.chunks)
+            layers = decode_ns(num, sizes, skips_padding=self.room.skips_padding) + attention
+            return layers, graph_head_ns(num, sizes), GAPS_NS[gap]
+        layers = tokens_ns(mix.num_tokens, self.token_graph_sizes, skips_padding=self.room.skips_padding)
+        layers += mixed_ns(mix.contexts) + attention + prefill_ns(mix.chunks)
         return layers, graph_head_ns(mix.num_sampled, sizes), GAPS_NS["chunked_ns"]
 
 
 GRAPHS = (1, 2, 4, 8, 16, 24)
 
 
-def room(*, graph_sizes=GRAPHS, token_graph_sizes=(), max_tokens=1100, **limits):
+def room(*, graph_sizes=GRAPHS, token_graph_sizes=(), skips_padding=False, max_tokens=1100, **limits):
     limits = {"num_blocks": 4000, "block_size": 16, "max_model_len": 2600, "max_num_seqs": 40, "depth": 1} | limits
     limits = Limits(**limits)
-    return Room(limits=limits, max_tokens=max_tokens, graph_sizes=graph_sizes, token_graph_sizes=token_graph_sizes)
+    sizes = {"graph_sizes": graph_sizes, "token_graph_sizes": token_graph_sizes}
+    return Room(limits=limits, max_tokens=max_tokens, **sizes, skips_padding=skips_padding)
 
 
 def measured(where, *, quick=False):
@@ -203,6 +207,7 @@ ROOMS = {
     "few sequences": {"max_num_seqs": 5, "graph_sizes": (1, 2, 4, 5)},
     "more sequences than graphs": {"max_num_seqs": 600, "graph_sizes": (1, 2)},
     "graphs of chunks": {"token_graph_sizes": TOKEN_GRAPHS},
+    "padding that costs less": {"token_graph_sizes": (*TOKEN_GRAPHS, 512), "skips_padding": True},
     "nothing beyond graphs": {"token_graph_sizes": (*TOKEN_GRAPHS, 512, 1100), "depth": 2, "max_in_flight": 3},
     "one token beyond graphs": {"token_graph_sizes": (*TOKEN_GRAPHS, 1099), "max_model_len": 600},
     "graphs beyond the slots": {
@@ -235,8 +240,9 @@ def test_tables_recover_what_steps_cost(name):
         most = token_sizes_measured[-1]
     assert tables["max_tokens"] == most
     assert (tables["graph_sizes"], tables["token_graph_sizes"]) == (list(sizes), token_sizes_measured)
-    assert as_curve(tables["tokens"], "tokens") == {num: tokens_ns(num, token_sizes) for num in grid.tokens}
-    assert as_curve(tables["decode"], "batches") == {num: decode_ns(num, sizes) for num in grid.decode_batches}
+    skips = {"skips_padding": where.skips_padding}
+    assert as_curve(tables["tokens"], "tokens") == {num: tokens_ns(num, token_sizes, **skips) for num in grid.tokens}
+    assert as_curve(tables["decode"], "batches") == {num: decode_ns(num, sizes, **skips) for num in grid.decode_batches}
     mixed = tables["mixed"]
     assert (mixed["batches"], mixed["contexts"]) == (list(grid.mixed_batches), list(grid.mixed_contexts))
     for (row, num), (column, context) in product(enumerate(grid.mixed_batches), enumerate(grid.mixed_contexts)):
@@ -323,6 +329,12 @@ def test_points_of_tokens_are_what_is_captured_and_what_is_beyond():
     assert whole.head_rows == (25, 32, 39, 40)
 
 
+def test_where_padding_costs_less_graphs_are_measured_with_the_fewest_they_are_replayed_for_too():
+    found = make_grid(room(token_graph_sizes=(16, 17, 128), skips_padding=True))
+    assert found.tokens[:7] == (1, 16, 17, 18, 128, 129, 191)
+    assert found.decode_batches == (1, 2, 3, 4, 5, 8, 9, 16, 17, 24, 25, 40)
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_more_sequences_than_a_step_holds(quick):
     """Of decodes alone there is then no batch as large as what fits beside a chunk."""
@@ -358,6 +370,9 @@ def test_what_is_captured_is_what_workers_capture(options, device, expected):
     assert (found.max_tokens, found.graph_sizes != (), found.token_graph_sizes != ()) == (500, *expected)
     assert found.graph_sizes == ((1, 2, 4, 8, 16, 20) if expected[0] else ())
     assert found.token_graph_sizes[-1:] == ((500,) if expected[1] else ())
+    assert not found.skips_padding
+    experts = replace(SHAPE, num_experts=8, num_experts_per_token=2, moe_intermediate_size=16, moe_layers=(0,))
+    assert command.room(config, experts, limits, device).skips_padding is expected[0]
 
 
 @pytest.mark.parametrize(

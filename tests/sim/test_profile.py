@@ -116,6 +116,7 @@ WRONG = [
     ("base_chunk", ..., "field base_chunk is missing"),
     ("graph_sizes", [2, 1], "field graph_sizes must increase"),
     ("graph_sizes", None, "field graph_sizes is no list"),
+    ("graph_sizes", [1, 3], "field decode.batches has no point at 3, which is in graph_sizes"),
     ("token_graph_sizes", ..., "field token_graph_sizes is missing"),
     ("token_graph_sizes", [16, 16], "field token_graph_sizes must increase"),
     ("token_graph_sizes", [16, 48, 64], "field tokens.tokens has no point at 48, which is in token_graph_sizes"),

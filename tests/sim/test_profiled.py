@@ -175,6 +175,24 @@ def test_without_token_graphs_steps_are_between_the_points(folder):
     }
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "expected"), [(16, 1000), (17, 1100), (32, 2000), (33, 3000), (49, 4600), (64, 6100), (65, 8000)]
+)
+def test_a_graph_measured_with_fewer_than_its_size_takes_what_lies_between(folder, num_tokens, expected):
+    """As where padding visits no expert. Nothing is read from the graph below: of 32 the least is that of 31."""
+    points = {"tokens": [16, 31, 32, 33, 64, 128], "ns": [1000, 1100, 2000, 3000, 6100, 8000]}
+    cost = model(folder, contents(tokens=points))
+    found = cost.components(step([(0, num_tokens)], num_sampled=0))["gemm"]
+    assert found == pytest.approx([expected])
+
+
+def test_decodes_too_lie_between_what_was_measured_of_their_graph(folder):
+    points = {"batches": [1, 2, 3, 4, 8], "ns": [100, 200, 210, 300, 500]}
+    cost = model(folder, contents(decode=points, graph_sizes=[1, 2, 4, 8]))
+    gemm = [cost.components(step(contexts=[16] * num))["gemm"] for num in (2, 3, 4, 5, 8)]
+    assert gemm == [[200], [210], [300], [500], [500]]
+
+
 def test_a_table_may_end_within_graphs(folder):
     cost = model(folder, contents(tokens={"tokens": [16, 32, 64, 128], "ns": [1000, 2000, 4000, 8000]}))
     assert cost.components(step([(0, 64)] * 2, num_sampled=1))["gemm"] == [8000]
