@@ -121,7 +121,8 @@ CAUSES = """\
   with the fewest tokens that they are replayed for, too. Steps of 1,025 to 1,536 tokens are 1 to 4 % longer than
   predicted: an expert has 64 to 96 of them in the mean, and its blocks held 64, so that what a step takes follows how
   evenly they are spread. In `qwen3-30b-a3b` (23f197c, all on another machine) blocks hold 128 from there on: steps of
-  1,280 to 1,536 tokens take 15 % less (others 2 %: the machine) and are 1.6 to 2.3 % longer than predicted.
+  1,280 to 1,536 tokens take 15 % less (1,024: 5 %, most others 2 %: the machine) and are 1.6 to 2.3 % longer than
+  predicted.
 - Groups `qwen3-0.6b` and `qwen3-8b_two-rests` are of 4f403a2, on another machine: left-over blocks of chunks are cut,
   and chunks attended before decodes (taken back: their answers were wrong, which no time depends on). The profiles were
   made with two short rests for a step instead of three: 0.6B's hardly mind; of 8B steps of 1,024 to 1,152 tokens came

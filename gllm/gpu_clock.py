@@ -51,7 +51,7 @@ class GpuClock:
         """Of what depends on the number of tokens alone.
 
         Args:
-            num_tokens: those of padding too.
+            num_tokens: those of padding too that costs what they do.
             rate: at which they are computed, as a share of the best one that any size has.
             has_chunks: or is of decodes alone.
         """

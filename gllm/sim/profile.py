@@ -63,7 +63,7 @@ class Profile:
     date: str
     num_layers: int
     base_chunk: int  # tokens of the chunks that `tokens` is measured with
-    graph_sizes: tuple[int, ...]  # decodes alone
+    graph_sizes: tuple[int, ...]  # decodes alone; `decode` has a point at each
     token_graph_sizes: tuple[int, ...]  # tokens of a step with chunks; `tokens` has a point at each
     decode: Curve  # by sequences
     decode_attention: Surface  # by sequences, then tokens of context

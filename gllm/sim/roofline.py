@@ -11,10 +11,10 @@ With T tokens in the batch, of one layer on one GPU and in bytes and operations:
     all-reduce, two per layer    latency + 2*(tp - 1)/tp * activations / link bytes/s
 
 Short steps run as CUDA graphs (`gllm.graph_sizes`, as the runtime captures them): T is then the next captured size,
-while attention is of the real tokens. Longer ones are launched kernel by kernel, and a stage cannot outrun its host.
-Two bounds are not known here and left out: a policy's longest step, which is the runtime's largest size where it is
-below ours, and the most chunks of a step in a graph. The arithmetic is + - * / and correctly rounded sums and roots
-(Python's own sum() of floats changed in 3.12), so results are equal on every machine.
+while attention and experts are of the real tokens. Longer ones are launched kernel by kernel, and a stage cannot outrun
+its host. Two bounds are not known here and left out: a policy's longest step, which is the runtime's largest size where
+it is below ours, and the most chunks of a step in a graph. The arithmetic is + - * / and correctly rounded sums and
+roots (Python's own sum() of floats changed in 3.12), so results are equal on every machine.
 """
 
 from __future__ import annotations
@@ -108,8 +108,8 @@ class _Rank:
         self.router = self._matmul(shape.hidden_size, shape.num_experts)
         self.missed = missed_expert_table(shape.num_experts, shape.num_experts_per_token)
 
-    def moe_ns(self, num_tokens: int, num_padding: int = 0) -> float:
-        """One layer of experts, with uniform routing, on the fullest of the ep groups; padding visits the shared one.
+    def moe_ns(self, num_tokens: int, num_padding: int) -> float:
+        """One layer of experts, with uniform routing, on the fullest of the ep groups; padding visits none of them.
 
         A group's rows are about normal with variance rows*(1 - 1/ep), so the fullest of ep groups has the expected
         maximum of ep normal deviates more than the mean. The number of experts read is taken at its mean.
@@ -124,7 +124,7 @@ class _Rank:
         return self.expert.ns(rows, 1.0 - missed) + self.router.ns(num_tokens) + shared_ns
 
     def gemm_ns(self, num_tokens: int, num_padding: int, stage: Stage) -> float:
-        """Every product of a stage's layers, with the activation between two of them; padding visits no experts."""
+        """Every product of a stage's layers, with the activation between two of them; padding visits shared experts."""
         attention = fsum(part.ns(num_tokens) for part in self.projections)
         dense = fsum(part.ns(num_tokens) for part in self.dense) if stage.num_dense else 0.0
         experts = self.moe_ns(num_tokens, num_padding) if stage.num_moe else 0.0

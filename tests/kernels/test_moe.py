@@ -160,7 +160,7 @@ def test_experts(device, size, dtype):
         assert relative_error(experts_reference(*inputs, first_expert=first), expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("choices_per_expert", [0.1, 4, 16, 40, 64, 256])
+@pytest.mark.parametrize("choices_per_expert", [0.1, 4, 16, 40, 56, 57])
 def test_every_choice_of_tiles(device, choices_per_expert):
     torch.manual_seed(int(choices_per_expert))
     dtype = DTYPES[1]

@@ -534,6 +534,17 @@ def test_the_largest_step_draws_most(folder):
     assert cost.load(step(contexts=[16])).power < 0.1
 
 
+@pytest.mark.parametrize(("num", "computed"), [(33, 33), (50, 50), (64, 64), (65, 128), (128, 128)])
+def test_padding_draws_where_it_costs_what_tokens_do(folder, num, computed):
+    """The graph of 64 tokens was measured with fewer, too; that of 128 was not."""
+    at = [16, 32, 33, 64, 128, 1024]
+    points = {"tokens": at, "ns": [profiles.tokens(each) - (each == 33) * 4000 for each in at]}
+    cost, work = model(folder, contents(clock=CLOCK, tokens=points)), step([(0, num)], num_sampled=0)
+    (base,), (prefill,) = (cost.components(work)[name] for name in ("gemm", "prefill_attention"))
+    drawn = computed * profiles.tokens(1024) / 1024 + prefill
+    assert cost.load(work).power == pytest.approx(drawn / (base + prefill))
+
+
 @pytest.mark.parametrize(("num", "at_best_rate"), [(64, 1.5), (160, 1.1), (256, 0.7), (640, 0.85), (1024, 1)])
 def test_sizes_draw_what_the_profile_says_of_them(folder, num, at_best_rate):
     plain, sized = (model(folder, contents(clock=clock)) for clock in (CLOCK, SIZED_CLOCK))

@@ -149,6 +149,7 @@ def make_grid(room: Room, *, quick: bool = False) -> Grid:
     batches = tuple(num for num in doublings if room.fits(decodes(num, contexts[0])))
     captured = tuple(num for num in room.graph_sizes if room.fits(decodes(num, contexts[0])))
     in_graphs = _with_fewest if room.skips_padding else tuple
+    token_sizes = in_graphs(room.token_graph_sizes)
     mixed_batches = _mixed_batches(room, contexts[0], batches)
     queries = _up_to(min(longest, room.max_tokens), _QUICK_QUERIES if quick else _QUERIES)
     return Grid(
@@ -156,9 +157,7 @@ def make_grid(room: Room, *, quick: bool = False) -> Grid:
         decode_batches=_with_graphs(in_graphs(captured), _beyond(batches)) if captured else batches,
         batches=batches,
         contexts=contexts,
-        tokens=_with_graphs(in_graphs(room.token_graph_sizes), _stairs(tokens))
-        if room.token_graph_sizes
-        else tuple(tokens),
+        tokens=_with_graphs(token_sizes, _stairs(tokens)) if token_sizes else tuple(tokens),
         mixed_batches=mixed_batches,
         mixed_contexts=tuple(context for context in contexts if context in _MIXED_CONTEXTS),
         head_rows=_head_rows(room, mixed_batches, batches[-1]),
@@ -200,11 +199,11 @@ def _tokens(most: int) -> list[int]:
     return found
 
 
-def _with_graphs(captured: tuple[int, ...], points: Sequence[int]) -> tuple[int, ...]:
-    """In graphs just what is captured; beyond them from the first step that is not, which may take much longer."""
-    first = captured[-1] + 1
+def _with_graphs(in_graphs: tuple[int, ...], points: Sequence[int]) -> tuple[int, ...]:
+    """In graphs these points alone; beyond them from the first step that is not, which may take much longer."""
+    first = in_graphs[-1] + 1
     beyond = [num for num in points if num > first]
-    return (*captured, first, *beyond) if points[-1] >= first else captured
+    return (*in_graphs, first, *beyond) if points[-1] >= first else in_graphs
 
 
 def _with_fewest(sizes: Sequence[int]) -> tuple[int, ...]:
