@@ -184,8 +184,8 @@ def kind_of(name: str, kind: Mapping[str, int], best_rate: float) -> Kind:
     """One of a file, as the fit takes it; beside decodes chunks attend to nothing before them."""
     has_chunks, has_decodes, layers_ns = "tokens" in name, "decodes" in name, kind["layers_ns"]
     base_ns = layers_ns if name in {*ALONE, *SHORT_DECODES} else kind["base_ns"]  # the same, measured twice
-    found = make_kind(kind["num_tokens"], base_ns, layers_ns, best_rate, has_chunks=not has_decodes)
-    return found._replace(has_chunks=has_chunks)
+    holds = {"has_chunks": has_chunks, "has_decodes": has_decodes}
+    return make_kind(kind["num_tokens"], base_ns, layers_ns, best_rate, **holds)
 
 
 def judge(found: Mapping[str, Any]) -> tuple[GpuClock | None, list[list[str]], dict[str, float]]:

@@ -301,8 +301,9 @@ def test_the_simulator_adds_up_to_what_was_measured(name, kernel, tmp_path):
     for mix in grid.mixes():
         layers, head, gap = workers.cost(mix)
         assert cost.gap_ns(work(mix)) == gap
-        # Base chunks beside a shorter one, or in a graph for more, are no points of the tables that are corrected.
-        if mix not in grid.checks and (kernel is None or mix != grid.base(mix.num_tokens)):
+        # Base chunks beside a shorter one, or in a graph for more, are no points of the tables that are corrected; and
+        # checks, and what is measured for the clock alone, are points of no table.
+        if mix not in {*grid.checks, grid.busy} and (kernel is None or mix != grid.base(mix.num_tokens)):
             # Chunks that are shorter than base chunks may take less together than one alone, which is not read so.
             off = 0.005 * layers if kernel and len(mix.chunks) > 1 and mix.chunks[0][1] < BASE_CHUNK else MOST_EACH
             assert cost.stage_ns(work(mix)) == pytest.approx([layers + head], abs=off), mix
@@ -547,6 +548,17 @@ def test_a_clock_is_recovered_from_steps_in_a_row(clock, monkeypatch, tmp_path):
     path = tmp_path / "found.json"
     path.write_text(json.dumps(contents(clock=found)))
     assert read_profile(path).clock.limits[0].tau_ns == limit["tau_ns"]
+
+
+@pytest.mark.parametrize("attention", [0.2, 0.8])
+def test_attention_of_decodes_that_stay_cool_alone_shows_beside_prompts(attention, monkeypatch):
+    attended_ns = decode_attention_ns
+    monkeypatch.setitem(globals(), "decode_ns", lambda *_, **__: 20_000_000)  # as where experts are read
+    monkeypatch.setitem(globals(), "decode_attention_ns", lambda contexts: 4 * attended_ns(contexts))
+    clock = replace(other_limit(slowdown=0.25), attention=attention)
+    where = room(max_num_seqs=100, max_tokens=1400, num_blocks=8000)
+    found = clocked(where, clock, monkeypatch, quick=True)["clock"]
+    assert found["attention"] == pytest.approx(attention, abs=0.15)
 
 
 def test_unequal_stages_make_no_slower_clock(monkeypatch):

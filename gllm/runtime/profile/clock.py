@@ -2,7 +2,8 @@
 
 Tables hold times after a rest (`gllm.runtime.profile.measure`). Here prompts of each size come in a row until they have
 heated the GPU; then few decodes, which it cools down with; many decodes with long contexts, whose attention draws power
-too; a long chunk that begins late, for the attention of chunks; and for seconds what a slower limit shows in.
+too, alone and beside prompts, for alone they may stay cool; a long chunk that begins late, for the attention of chunks;
+and for seconds what a slower limit shows in.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ def _steps(played: Sequence[_Played], grid: Grid, times: Mapping[Mix, Times]) ->
     def kind(mix: Mix, num_tokens: int) -> Kind:
         base = grid.base(num_tokens) if mix.chunks else grid.decode(num_tokens)
         base_ns, layers_ns = (times[each].layers_ns / num_stages for each in (base, mix))
-        return make_kind(num_tokens, base_ns, layers_ns, best_rate, has_chunks=bool(mix.chunks))
+        holds = {"has_chunks": bool(mix.chunks), "has_decodes": bool(mix.contexts)}
+        return make_kind(num_tokens, base_ns, layers_ns, best_rate, **holds)
 
     def step(one: _Played) -> Step:
         num, took_ns = one.num_tokens, one.took_ns
@@ -144,11 +146,13 @@ def _steps(played: Sequence[_Played], grid: Grid, times: Mapping[Mix, Times]) ->
     return [step(one) for one in played]
 
 
-def make_kind(num_tokens: int, base_ns: float, layers_ns: float, best_rate: float, *, has_chunks: bool) -> Kind:
-    """Tokens whose base takes so long of all layers; the rest is attention, of chunks or of decodes alone."""
+def make_kind(
+    num_tokens: int, base_ns: float, layers_ns: float, best_rate: float, *, has_chunks: bool, has_decodes: bool = False
+) -> Kind:
+    """Tokens whose base takes so long of all layers; the rest is attention: of decodes, if it has any, or of chunks."""
     base_ns = min(base_ns, layers_ns)
     rest_ns = layers_ns - base_ns
-    prefill_ns, attention_ns = (rest_ns, 0.0) if has_chunks else (0.0, rest_ns)
+    prefill_ns, attention_ns = (0.0, rest_ns) if has_decodes else (rest_ns, 0.0)
     return Kind(num_tokens, has_chunks, min(1.0, num_tokens / (base_ns * best_rate)), base_ns, prefill_ns, attention_ns)
 
 
@@ -170,7 +174,7 @@ class _Course:
         yield from self._long()
 
     def _short(self) -> Iterator[list[Part]]:
-        """Prompts of every size, some with decodes that cool down; a chunk that begins late; decodes."""
+        """Prompts of every size, some with decodes that cool down; a chunk that begins late; decodes, then both."""
         grid, few = self._grid, self._few
         cooled = set(self._some(_COOLED))
         for num in self._sizes:
@@ -187,6 +191,9 @@ class _Course:
             yield [(grid.attending(many, context), many, _HEATING_NS)]
         most = max(num for num in grid.decode_batches if num <= max(many, grid.decode_batches[0]))
         yield [(grid.decode(most), most, _HEATING_NS)]
+        busy = grid.busy
+        if busy is not None and self._is_short(busy):
+            yield [(busy, busy.num_tokens, _HEATING_NS)]
 
     def _long(self) -> Iterator[list[Part]]:
         """Prompts without end, and by turns with few decodes."""

@@ -25,6 +25,8 @@ _SPECIAL, _STAIR = 64, 128
 """For multiples of so many rows cuBLAS has other kernels, on an H200 up to 8 % slower ones, which traffic seldom has;
 after a multiple of so many, products take some per cent longer at once."""
 
+_BUSY_TOKENS, _BUSY_CONTEXT = 1280, 1024
+
 _BEYOND_STEP = 128  # between decode batches beyond the largest graph
 _CONTEXTS = (16, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _MIXED_CONTEXTS = frozenset((16, 512, 2048, 8192))
@@ -105,6 +107,22 @@ class Grid:
         mix = self.mixed(num, self.contexts[0])
         return mix if self.room.fits(mix) else self.decode(num)
 
+    @property
+    def busy(self) -> Mix | None:
+        """A step as an engine under load has it: base chunks, and many decodes with long contexts; None without room.
+
+        It has as many tokens as a point of `tokens`.
+        """
+        num_tokens = next((num for num in self.tokens if num >= _BUSY_TOKENS), self.tokens[-1])
+        context = max(each for each in self.contexts if each <= _BUSY_CONTEXT)
+        for num in reversed(self.batches):
+            if num <= num_tokens // 2:
+                beside = prompts(num_tokens - num, BASE_CHUNK)
+                mix = replace(self.attending(num, context), chunks=beside.chunks)
+                if self.room.fits(mix):
+                    return mix
+        return None
+
     def num_each(self, num_tokens: int, start: int) -> int:
         """How many such chunks a step can hold, 16 at most; 0: not one."""
         fitting = (num for num in range(MOST_EACH, 0, -1) if self.room.fits(chunks(num, start, num_tokens)))
@@ -125,6 +143,7 @@ class Grid:
             *(self.head(num) for num in self.head_rows),
             *(chunks(1, start, num) for num, start in product(self.queries, self.starts)),
             *each,
+            *([self.busy] if self.busy else []),
             *self.checks,
         ]
         return [mix for mix in dict.fromkeys(found) if mix.num_tokens and self.room.fits(mix)]
