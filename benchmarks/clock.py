@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 CHUNK, SHORT, LONG = 64, 16, 1000
 FEW, MANY = f"16 decodes of {LONG}", f"256 decodes of {LONG}"
 LATE = 8192
+BUSY = "1024 tokens beside 256 decodes"
 REST_S, SECONDS, STEADY_SECONDS = 0.4, 0.8, 3.0
 UNEVEN = (1280, 1536, 1664, 1792)
 """Tokens between the powers of two: whole waves of products, a little more, and a lot."""
@@ -71,7 +72,8 @@ class Pattern(NamedTuple):
             return first in HEATED and self.parts[1:] in ([], [(FEW, TURN)])
         if times < MAX_REPEATS or [kind for kind, _ in rest] not in ([], [FEW]):
             return False
-        return first in ALONE or (not rest and first in {MANY, SHORT_DECODES[0], f"{LARGEST} tokens after {LATE}"})
+        others = {MANY, SHORT_DECODES[0], BUSY, f"{LARGEST} tokens after {LATE}"}
+        return first in ALONE or (not rest and first in others)
 
 
 def kinds() -> dict[str, Mix]:
@@ -80,7 +82,7 @@ def kinds() -> dict[str, Mix]:
     found |= {f"{num} decodes of {LONG}": decodes(num, LONG) for num in (16, 64, 256, 512)}
     found |= {name: decodes(int(name.split()[0]), SHORT) for name in SHORT_DECODES}
     found |= {f"{num} tokens after {LATE}": chunks(1, LATE, num) for num in (512, LARGEST)}
-    for num, beside in ((1024, 64), (1024, 256), (2048, 256)):
+    for num, beside in ((128, 64), (1024, 64), (1024, 256), (2048, 256)):
         found[f"{num} tokens beside {beside} decodes"] = replace(prompts(num, CHUNK), contexts=(LONG,) * beside)
     return found
 
@@ -95,7 +97,7 @@ def patterns() -> list[Pattern]:
     among = [Pattern([(FEW, times), (f"{num} tokens", 1)]) for num, times in pairs]
     among += [Pattern([(MANY, times), (f"{num} tokens", 1)]) for num, times in ((512, 1), (1024, 1), (2048, 2))]
     steady = [f"{num} tokens" for num in (256, 512, 1024, *UNEVEN, LARGEST)] + ["2048 tokens beside 256 decodes"]
-    steady += [f"{num} tokens after {LATE}" for num in (512, 2048)]
+    steady += ["128 tokens beside 64 decodes", *(f"{num} tokens after {LATE}" for num in (512, 2048))]
     steadily = [Pattern([(kind, MAX_REPEATS - 1)], STEADY_SECONDS) for kind in steady]  # none that the fit has
     steadily += [Pattern([(f"{LARGEST} tokens", 4), (FEW, times)], STEADY_SECONDS) for times in (TURN, 27, 54)]
     return [*in_a_row, *cooling, *among, *steadily]

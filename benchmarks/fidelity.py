@@ -50,8 +50,10 @@ PROFILES = {
     "qwen3-8b": "qwen3-8b_h200",
     "qwen3-30b-a3b_padded": "benchmarks/results/twin/qwen3-30b-a3b_padded_h200.json",
     "qwen3-30b-a3b_small-tiles": "benchmarks/results/twin/qwen3-30b-a3b_small-tiles_h200.json",
+    "qwen3-30b-a3b_cool-attention": "benchmarks/results/twin/qwen3-30b-a3b_cool-attention_h200.json",
     "qwen3-30b-a3b": "qwen3-30b-a3b_h200",
     "qwen3-0.6b_whole-blocks": "benchmarks/results/twin/qwen3-0.6b_whole-blocks_h200.json",
+    "qwen3-0.6b_two-rests": "benchmarks/results/twin/qwen3-0.6b_two-rests_h200.json",
     "qwen3-0.6b": "qwen3-0.6b_h200",
     "qwen3-32b_pp2_nccl": "benchmarks/results/twin/qwen3-32b_pp2_nccl_h200.json",
     "qwen3-32b_pp2": "qwen3-32b_pp2_h200",
@@ -120,17 +122,23 @@ CAUSES = """\
 - Groups `qwen3-30b-a3b_small-tiles` are of 23f197c with the tiles of before, all on one machine: graphs are measured
   with the fewest tokens that they are replayed for, too. Steps of 1,025 to 1,536 tokens are 1 to 4 % longer than
   predicted: an expert has 64 to 96 of them in the mean, and its blocks held 64, so that what a step takes follows how
-  evenly they are spread. In `qwen3-30b-a3b` (23f197c, all on another machine) blocks hold 128 from there on: steps of
-  1,280 to 1,536 tokens take 15 % less (1,024: 5 %, most others 2 %: the machine) and are 1.6 to 2.3 % longer than
-  predicted.
-- Groups `qwen3-0.6b` and `qwen3-8b_two-rests` are of 4f403a2, on another machine: left-over blocks of chunks are cut,
+  evenly they are spread. In `qwen3-30b-a3b_cool-attention` (23f197c, all on another machine) blocks hold 128 from there
+  on: steps of 1,280 to 1,536 tokens take 15 % less (1,024: 5 %, most others 2 %: the machine) and are 1.6 to 2.3 %
+  longer than predicted: by its clock decodes' attention draws nothing. In `qwen3-30b-a3b` (f4240b1, all on one machine)
+  the clock is fitted to prompts beside many decodes, too, and it draws half of what products may.
+- Groups `qwen3-0.6b` are of f4240b1, all on one machine. Its profile's clock is taken out: it brought the series that
+  it was fitted to no nearer (0.67 %; 0.65 without), and made steps at 60/s 1.6 % too long, where the GPU keeps its
+  clock. `profile` leaves such a clock out since. What is left grows with a step's prompt tokens where decodes are among
+  them, some 0.1 ms for 1,024 and 0.15 to 0.2 for 2,048, at 60/s, too. Half of it may be reading their queries, keys
+  and values (8 KB a token and layer), which decodes' keys have driven out of the L2 cache; beyond saturation heat adds
+  to it.
+- Groups `qwen3-0.6b_two-rests` and `qwen3-8b_two-rests` are of 4f403a2, on another machine: left-over blocks are cut,
   and chunks attended before decodes (taken back: their answers were wrong, which no time depends on). The profiles were
   made with two short rests for a step instead of three: 0.6B's hardly mind; of 8B steps of 1,024 to 1,152 tokens came
   out 4 to 6 % too long, what chunks take beyond them too short, and the clock saw no heat in decodes. Beside
   `qwen3-8b_whole-blocks_h200`, the other machine's, the same run is at throughput +2.0, TPOT -2.7 and TTFT -7.1 %.
-- Mixed steps of 0.6B take 1 to 3 % more than predicted, some 5 us a layer where they have more than 512 tokens. Not its
-  clock, since decodes alone are right, and only in part the keys that decodes drive out of the L2 cache. With the
-  schedule of the chunk kernel, which `qwen3-0.6b_h200` has, a quarter of it is gone.
+- In these older groups mixed steps of 0.6B take 1 to 3 % more than predicted, some 5 us a layer where they have more
+  than 512 tokens; with the schedule of the chunk kernel, which `qwen3-0.6b_two-rests_h200` has, a quarter is gone.
 """
 
 

@@ -25,7 +25,9 @@ from gllm.runtime import process
 from gllm.runtime.cli import main
 from gllm.runtime.config import RuntimeConfig
 from gllm.runtime.messages import StageTime, StepDone, WorkerReady, decode_order, decode_report, encode
+from gllm.runtime.profile import clock as clock_module
 from gllm.runtime.profile import command, host, profiler
+from gllm.runtime.profile.clock_fit import fit
 from gllm.runtime.profile.command import gist
 from gllm.runtime.profile.grids import BASE_CHUNK, MOST_EACH, Room, make_grid, random_mixes
 from gllm.runtime.profile.host import host_times
@@ -641,6 +643,27 @@ def test_without_a_slowdown_there_is_no_clock(monkeypatch):
     for slowdown in (0.0, 0.005):
         assert clocked(room(), other_limit(slowdown=slowdown), monkeypatch, quick=True)["clock"] is None
     assert measured(room(), quick=True)[1]["clock"] is None, "not on a GPU"
+
+
+class ShakenWorkers(ClockedWorkers):
+    """Whose clock stays, and of one size every third step takes longer."""
+
+    num_shaken = 0
+
+    def cost(self, mix):
+        layers, head, gap = super().cost(mix)
+        if mix.num_tokens == 256 and mix.chunks:
+            self.num_shaken += 1
+            layers += layers // 12 * (self.num_shaken % 3 == 0)
+        return layers, head, gap
+
+
+def test_what_is_no_heat_makes_no_clock(monkeypatch):
+    fits = []
+    monkeypatch.setitem(globals(), "ClockedWorkers", ShakenWorkers)
+    monkeypatch.setattr(clock_module, "fit", lambda *args: fits.append(fit(*args)) or fits[-1])
+    assert clocked(room(), other_limit(slowdown=0.0), monkeypatch, quick=True)["clock"] is None
+    assert fits[-1] is not None, "found, and worse than none"
 
 
 @pytest.mark.parametrize(("rests", "least_ns", "most_ns"), [(True, 150_000_000, 200_000_000), (False, 0, 50_000_000)])

@@ -85,6 +85,9 @@ def measure_clock(
 ) -> Clocked | None:
     """Have steps computed and find the clock; None where what a step takes does not depend on those before it.
 
+    A small model's steps may draw too little. Some still take longer than others, for what is no heat; a clock that
+    is fitted to that brings no step nearer to what it took, and would slow down traffic that the GPU does not.
+
     Args:
         session: with the workers.
         maker: of its steps.
@@ -108,7 +111,7 @@ def measure_clock(
         found = fit(series, found) or found
     clock = found.clock
     off, off_without = (fmean(map(abs, errors(each, series))) for each in (clock, replace(clock, limits=())))
-    return Clocked(clock, rested, off, off_without)
+    return Clocked(clock, rested, off, off_without) if off < off_without else None
 
 
 def _without_own_heat(clock: GpuClock, grid: Grid, times: Mapping[Mix, Times]) -> dict[Mix, Times]:
