@@ -41,6 +41,10 @@ POLL_MS = 200
 """How often the workers' launcher is looked after."""
 
 _LAST_WORDS_S = 1.0  # for a worker that died, to say why
+_LAUNCHERS_WORD_S = 3.0
+"""More, where one of this node is gone: a busy machine's launcher may need that to see how it ended. Both together are
+less than what a worker that has lost a neighbour waits before it ends, for which the launcher would blame it."""
+
 _GOODBYE_S = 5.0
 _DOUBT_S = 1.0
 
@@ -150,18 +154,25 @@ class Workers:
 
     def _last_words(self, said: WorkerFailed | None) -> WorkerFailed:
         """Who died first. A worker that fails may only have lost a neighbour; the launcher knows, of its own node."""
-        deadline = time.monotonic() + _LAST_WORDS_S
+        said = self._heard(said, _LAST_WORDS_S)
+        gone = next((name.decode() for name in self._names if not self._reaches(name)), None)
+        if gone is not None and int(gone) < self._config.num_local_workers and self._launcher.poll() is None:
+            said = self._heard(said, _LAUNCHERS_WORD_S)
+        if said is not None and _is_sure(said):
+            return said
+        if self._launcher.poll() is not None:
+            return WorkerFailed(-1, f"the workers' launcher {process.how(self._launcher.returncode)}")
+        return said or WorkerFailed(-1, "a worker died") if gone is None else WorkerFailed(-1, f"worker {gone} died")
+
+    def _heard(self, said: WorkerFailed | None, seconds: float) -> WorkerFailed | None:
+        """The first report of a failure within that time, or one that is sure."""
+        deadline = time.monotonic() + seconds
         while not _is_sure(said) and (left_ms := int(1000 * (deadline - time.monotonic()))) > 0:
             if self.router.poll(left_ms):
                 report = decode_report(self.router.recv_multipart()[1])
                 if isinstance(report, WorkerFailed) and (said is None or _is_sure(report)):
                     said = report
-        if said is not None and _is_sure(said):
-            return said
-        if self._launcher.poll() is not None:
-            return WorkerFailed(-1, f"the workers' launcher {process.how(self._launcher.returncode)}")
-        gone = next((name.decode() for name in self._names if not self._reaches(name)), None)
-        return said or WorkerFailed(-1, "a worker died") if gone is None else WorkerFailed(-1, f"worker {gone} died")
+        return said
 
     def _reaches(self, name: bytes) -> bool:
         """Whether a worker is still there."""
