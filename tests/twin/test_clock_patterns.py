@@ -3,6 +3,7 @@
 import json
 import re
 from functools import cache
+from statistics import fmean
 
 import pytest
 from twin.benchmark_scripts import BENCHMARKS, load_script
@@ -14,7 +15,6 @@ script = load_script("clock")
 
 PATH = BENCHMARKS / "results" / "clock-patterns_qwen3-8b_nvidia-h200.json"
 SECONDS = BENCHMARKS / "results" / "clock-patterns_seconds_qwen3-8b_nvidia-h200.json"
-
 SMALL = BENCHMARKS / "results" / "clock-patterns_qwen3-0.6b_nvidia-h200.json"
 
 
@@ -27,6 +27,8 @@ def test_patterns_that_the_clock_was_not_fitted_to():
     clock, rows, means = script.judge(found())
     assert means["unseen, with"] < 0.012
     assert means["unseen, without"] > 2.5 * means["unseen, with"]
+    warm = [row for row in rows if row[1] == "unseen" or "beside" in row[0]]
+    assert fmean(float(row[4]) for row in warm) > 2.4, "percent, if steps took what they take after a rest"
     assert means["fitted, with"] < 0.012
     assert means["fitted, without"] > 0.05
     assert max(abs(float(row[-2])) for row in rows) < 3.1, "percent, of the mean of a pattern"
