@@ -170,8 +170,15 @@ class Serving(Command):
 
     def running(self):
         """How many requests are in the batch, as /metrics tells."""
+        return self._gauge("gllm_num_requests_running")
+
+    def waiting(self):
+        """How many wait to be admitted."""
+        return self._gauge("gllm_num_requests_waiting")
+
+    def _gauge(self, name):
         text = httpx.get(f"{self.url}/metrics", trust_env=False, timeout=5).text
-        line = next(line for line in text.splitlines() if line.startswith("gllm_num_requests_running{"))
+        line = next(line for line in text.splitlines() if line.startswith(name + "{"))
         return int(float(line.rpartition(" ")[2]))
 
 

@@ -5,7 +5,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 
 import httpx
 import openai
@@ -196,16 +195,14 @@ def test_a_body_that_is_no_json(server):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_is_forgotten(server, stream):
-    body = {"prompt": "abc", "max_tokens": 500, "min_tokens": 500, "ignore_eos": True, "stream": stream}
-    for _ in range(3):
+    body = {"prompt": ["abc"] * 64, "max_tokens": 500, "min_tokens": 500, "ignore_eos": True, "stream": stream}
+    for _ in range(3):  # the cache holds one of the 64: they take minutes, however long a busy machine looks away
         request = json.dumps(body).encode()
         with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as sock:
             head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             sock.sendall(head + b"Content-Length: %d\r\n\r\n" % len(request) + request)
-            until(lambda: server.running() == 1, what="a running request")
-        start_s = time.monotonic()
-        until(lambda: server.running() == 0, what="its end")
-        assert time.monotonic() - start_s < 0.3, "500 tokens take longer"
+            until(lambda: server.running() >= 1 and server.waiting() >= 1, what="a running and a waiting request")
+        until(lambda: server.running() == server.waiting() == 0, timeout_s=10, what="their end")
 
 
 def test_more_requests_than_the_cache_holds(server):
