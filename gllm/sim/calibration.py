@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from gllm.sim.cost import CostModel, Work
-    from gllm.sim.profile import Check, Profile
+    from gllm.sim.profile import MeasuredStep, Profile
 
 MIN_CHECKS = 4
 """Of a kind; with fewer it shares those of all kinds."""
@@ -131,7 +131,7 @@ def calibrate(profile: Profile) -> Calibration | None:
     return Calibration(errors=tuple(errors), most_small=(most_small[0], most_small[1]))
 
 
-def _most_small(checks: Sequence[Check]) -> int | None:
+def _most_small(checks: Sequence[MeasuredStep]) -> int | None:
     """Tokens of the largest step of the smaller half; None if halves would be too few."""
     tokens = sorted(map(_num_tokens, checks))
     if len(tokens) < 2 * _MIN_HALF:
@@ -140,11 +140,11 @@ def _most_small(checks: Sequence[Check]) -> int | None:
     return most if tokens.count(most) + tokens.index(most) <= len(tokens) - _MIN_HALF else None
 
 
-def _num_tokens(check: Check) -> int:
+def _num_tokens(check: MeasuredStep) -> int:
     return check.work.num_prefill_tokens + check.work.num_decode_tokens
 
 
-def _ratios(cost: CostModel, checks: Sequence[Check]) -> tuple[float, ...]:
+def _ratios(cost: CostModel, checks: Sequence[MeasuredStep]) -> tuple[float, ...]:
     return tuple(sum(check.stage_ns) / cost.stage_ns(check.work)[0] for check in checks)
 
 

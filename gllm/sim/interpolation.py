@@ -36,7 +36,7 @@ class Surface(NamedTuple):
 def look_up(curve: Curve, point: int, figure: Callable[[int], float], outside: Callable[[str], None]) -> float:
     """The time at a point; `outside` is told FEWER or MORE where it lies beyond the curve."""
     nearest = min(max(point, curve.at[0]), curve.at[-1])
-    time_ns = _inside(curve.at, pieces(curve.at, curve.ns), nearest)
+    time_ns = inside(curve.at, pieces(curve.at, curve.ns), nearest)
     if point == nearest:
         return time_ns
     outside(FEWER if point < nearest else MORE)
@@ -63,7 +63,8 @@ def look_up_padded(
     return time_ns
 
 
-def _inside(at: Sequence[int], parts: Sequence[tuple[int, float, float]], point: int) -> float:
+def inside(at: Sequence[int], parts: Sequence[tuple[int, float, float]], point: int) -> float:
+    """The time at a point, from the first on; `parts` are the `pieces` of these points."""
     start, start_ns, slope = parts[bisect_right(at, point) - 1]
     return start_ns + slope * (point - start)
 
@@ -163,7 +164,7 @@ class Sheet:
         def beyond(column: int) -> float:
             self._columns_outside(FEWER if column < columns[0] else MORE)
             nearest = min(max(column, columns[0]), columns[-1])
-            return _inside(columns, parts, nearest) * self._figure(row, column) / self._figure(row, nearest)
+            return inside(columns, parts, nearest) * self._figure(row, column) / self._figure(row, nearest)
 
         return Slice(columns, columns[num_measured - 1], parts, beyond)
 

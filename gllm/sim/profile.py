@@ -29,8 +29,8 @@ MOST_EACH = 16
 """Equal chunks of one step, at most."""
 
 
-class Check(NamedTuple):
-    """A step that was measured for no table."""
+class MeasuredStep(NamedTuple):
+    """A step as a whole."""
 
     work: BatchWork
     stage_ns: tuple[int, ...]
@@ -82,7 +82,8 @@ class Profile:
     chunk_kernel: ChunkKernel | None  # of prefill attention; None: its schedule is not known
     room: StepRoom | None  # read with `chunk_kernel` alone
     clock: GpuClock | None  # times are after a rest; None: what a step takes does not depend on those before it
-    checks: tuple[Check, ...]
+    beside: tuple[MeasuredStep, ...]  # one prompt and decodes (`gllm.sim.beside`); none: it was not measured
+    checks: tuple[MeasuredStep, ...]  # that are for no table
 
 
 def list_profiles() -> tuple[Profile, ...]:
@@ -189,7 +190,8 @@ def _profile(top: Fields, name: str) -> Profile:
         chunk_kernel=None if top.is_absent("chunk_kernel") else _chunk_kernel(top.part("chunk_kernel")),
         room=None if top.is_absent("chunk_kernel") else _room(top),
         clock=None if top.is_absent("clock") else _clock(top.part("clock")),
-        checks=tuple(_check(part, parallel.pp) for part in top.parts("checks")),
+        beside=() if top.is_absent("beside") else _beside(top, parallel.pp),
+        checks=tuple(_measured_step(part, parallel.pp) for part in top.parts("checks")),
     )
 
 
@@ -252,7 +254,20 @@ def _shape(part: Fields) -> ModelShape:
     return ModelShape(**values)
 
 
-def _check(part: Fields, num_stages: int) -> Check:
+def _beside(top: Fields, num_stages: int) -> tuple[MeasuredStep, ...]:
+    base_chunk, found = top.whole("base_chunk", 1), {}
+    for part in top.parts("beside"):
+        step = _measured_step(part, num_stages)
+        point = step.work.decode_context, step.work.num_prefill_tokens
+        if not step.work.num_decode_tokens or step.work.num_prefill_tokens <= base_chunk:
+            raise part.wrong("", f"must hold decodes, and more than {base_chunk} tokens in chunks")
+        if point in found:
+            raise part.wrong("", "holds as many tokens in chunks and contexts as one before")
+        found[point] = step
+    return tuple(found.values())
+
+
+def _measured_step(part: Fields, num_stages: int) -> MeasuredStep:
     chunks = part.get("chunks")
     if not isinstance(chunks, list):
         raise part.wrong("chunks", "is no list")
@@ -267,4 +282,4 @@ def _check(part: Fields, num_stages: int) -> Check:
         raise part.wrong("", "has neither chunks nor contexts")
     chunks = [(start, num_tokens) for start, num_tokens in pairs]
     work = batch_work(chunks=chunks, contexts=contexts, num_sampled=part.whole("num_sampled"))
-    return Check(work, stage_ns)
+    return MeasuredStep(work, stage_ns)

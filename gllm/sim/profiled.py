@@ -4,7 +4,7 @@ docs/profile.md has the composition. L layers of a stage, all of the profile's:
 
     decodes alone, n of them     decode(n) + decode_attention(n, context)          by L / all
     any other, T tokens          tokens(T) + decode_attention(n, context) + mixed(n, context)
-                                 + prefill_attention(chunks)                       by L / all
+                                 + beside(T - n, context) + prefill_attention(chunks)      by L / all
     the last stage besides       head(rows)
     between steps of a stage     gap
 
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from gllm.graph_sizes import as_measured, padded
 from gllm.parallel import Parallel
+from gllm.sim.beside import BesideDecodes
 from gllm.sim.constants import RooflineConstants
 from gllm.sim.cost import COMPONENTS, Load, kept_tokens, tokens_from_memory
 from gllm.sim.gpus import GPUS
@@ -111,6 +112,8 @@ class Profiled:
             ),
         )
         self._decode = cache(self._decode_step)
+        self._beside = BesideDecodes((), self._tables_ns, profile.base_chunk).by_context  # nothing: for what tables say
+        self._beside = BesideDecodes(profile.beside, self._tables_ns, profile.base_chunk).by_context
         # Both products and what a step takes grow with the model: their rate, by the best one, is one of tokens.
         self._best_rate = max((num / ns for num, ns in zip(*profile.tokens, strict=True) if ns), default=1.0)
         tokens, decode = profile.tokens.at, profile.decode.at
@@ -173,6 +176,10 @@ class Profiled:
     def _decode_step(self, num_decode: int) -> _DecodeStep:
         return _DecodeStep(self._decode_ns(num_decode), self._decode_attention(num_decode), self._head_ns(num_decode))
 
+    def _tables_ns(self, work: Work) -> float:
+        """A whole step, as long as nothing is known of chunks beside decodes."""
+        return fsum(self._parts(work))
+
     def stage_ns(self, work: Work) -> list[int]:
         """How long each stage computes."""
         base_ns, decode_ns, prefill_ns, head_ns = self._parts(work)
@@ -222,6 +229,7 @@ class Profiled:
         if num_decode:
             context = tokens_from_memory(work, self._kept_tokens)
             decode_ns = self._mixed(num_decode)(context) + self._decode_attention(num_decode)(context)
+            decode_ns += self._beside(work.num_prefill_tokens)(context)
         num_tokens = work.num_prefill_tokens + num_decode
         base_ns, head_ns = self._tokens_ns(num_tokens), self._head_ns(work.num_sampled)
         return base_ns, decode_ns, self._prefill.time_ns(work.chunks, num_tokens, num_decode), head_ns

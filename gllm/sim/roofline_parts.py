@@ -87,7 +87,8 @@ def scaled(profile: Profile, source: RooflineParts, target: RooflineParts) -> Pr
 
     Transfers are dropped where `source` has a single stage, which has none. The clock stays: whatever the other card's
     is like, without one its steps in a row would take what rested ones do. The schedule of attention's kernel is
-    dropped, too: it is that of a card with so many multiprocessors.
+    dropped, too: it is that of a card with so many multiprocessors. So are steps of prompts beside decodes, whose times
+    are beyond those of the tables as they were measured.
     """
     has_transfer = profile.transfer is not None and source.transfer(1) > 0
     attention = _ratio(source.prefill_attention, target.prefill_attention)
@@ -95,6 +96,7 @@ def scaled(profile: Profile, source: RooflineParts, target: RooflineParts) -> Pr
     return replace(
         profile,
         chunk_kernel=None,
+        beside=(),
         decode=_scaled_curve(profile.decode, _ratio(source.decode, target.decode)),
         decode_attention=_scaled_surface(
             profile.decode_attention,

@@ -76,6 +76,11 @@ def mixed_ns(contexts):
     return 30_000 + 4_000 * len(contexts) + decode_attention_ns(contexts) if contexts else 0
 
 
+def beside_ns(num_tokens, contexts):
+    """Of prompts, more than of one base chunk, that lose what decodes drive out of a cache for 16 Ki tokens' keys."""
+    return 40 * max(0, num_tokens - BASE_CHUNK) * min(sum(contexts), 16 << 10) >> 14
+
+
 def head_ns(rows):
     return 200_000 + 1_000 * rows if rows else 0
 
@@ -177,6 +182,7 @@ class FakeWorkers:
             return layers, graph_head_ns(num, sizes), GAPS_NS[gap]
         layers = tokens_ns(mix.num_tokens, self.token_graph_sizes, skips_padding=self.room.skips_padding)
         layers += mixed_ns(mix.contexts) + attention + prefill_ns(mix.chunks)
+        layers += beside_ns(mix.num_tokens - num, mix.contexts)
         return layers, graph_head_ns(mix.num_sampled, sizes), GAPS_NS["chunked_ns"]
 
 
@@ -311,6 +317,31 @@ def test_the_simulator_adds_up_to_what_was_measured(name, kernel, tmp_path):
             assert cost.stage_ns(work(mix)) == pytest.approx([layers + head], abs=off), mix
             assert cost.components(work(mix))["head"] == [head]
     assert cost.notes == []
+
+
+def test_prompts_beside_decodes_take_more(tmp_path, monkeypatch):
+    """Whatever their number and the decodes'; steps of one prompt are measured."""
+    monkeypatch.setitem(globals(), "one_ns", lambda start, num: 7 * num * start + 900 * max(0, num - BASE_CHUNK))
+    where = room(max_tokens=1400, max_num_seqs=100, num_blocks=20_000)
+    grid, tables, _ = measured(where)
+    sizes = [(16, 560), (16, 1136), (64, 512), (64, 1088)]  # as many tokens as points of `tokens`
+    assert [(len(mix.contexts), mix.chunks) for mix in grid.beside] == [(num, ((0, size),)) for num, size in sizes]
+    assert {sum(mix.contexts) for mix in grid.beside} == {16 * 1024, 64 * 1024}
+    path = tmp_path / "found.json"
+
+    def cost(tables):
+        path.write_text(json.dumps(contents(**tables, num_blocks=20_000, block_size=16)))
+        return Profiled(profile=read_profile(path), shape=SHAPE, gpu=get_gpu("h200"))
+
+    known, unknown = cost(tables), cost(tables | {"beside": None})
+    for chunks in ([(0, 64)], [(0, 300)], [(512, 250), (0, 60)], [(0, 900)], [(512, 900), (0, 100)], [(0, 400)] * 3):
+        for contexts in ([16], [1000] * 5, [500] * 60, [1500] * 60, []):
+            work, num_tokens = batch_work(chunks=chunks, contexts=contexts), sum(num for _, num in chunks)
+            (took_ns,), (without_ns,) = known.stage_ns(work), unknown.stage_ns(work)
+            # Beyond the longest prompt that is measured, 1,136 tokens or 1,088, it stays.
+            expected = beside_ns(min(num_tokens, 1136 if sum(contexts) <= 30_000 else 1088), contexts)
+            assert took_ns - without_ns == pytest.approx(expected, rel=0.02, abs=2), (chunks, contexts)
+            assert known.components(work)["prefill_attention"] == unknown.components(work)["prefill_attention"]
 
 
 def test_points_of_tokens_are_what_is_captured_and_what_is_beyond():

@@ -40,6 +40,9 @@ def test_a_file_is_read_whole(tmp_path):
     assert read.transfer is None
     assert read.checks[0].work.num_prefill_tokens == 164
     assert read.checks[0].work.decode_context == 340
+    assert read.beside == profile(tmp_path, contents(beside=None)).beside == ()
+    (step,) = profile(tmp_path, contents(beside=[BESIDE])).beside
+    assert (step.work.num_prefill_tokens, step.work.decode_context, step.stage_ns) == (512, 340, (2_000_000,))
 
 
 def test_what_may_be_left_out(tmp_path):
@@ -101,6 +104,7 @@ def changed(path, value):
     return values
 
 
+BESIDE = {"chunks": [[0, 512]], "contexts": [300, 40], "num_sampled": 3, "stage_ns": [2_000_000]}
 WRONG = [
     ("format", "other", 'not a profile (its "format" is not "gllm-profile")'),
     ("version", 2, "field version is 2, known is 1"),
@@ -174,6 +178,11 @@ WRONG = [
     ("chunk_kernel", {**CHUNK_KERNEL, "tile": 0}, "field chunk_kernel.tile holds 0, not a whole number of at least 1"),
     ("chunk_kernel", {**CHUNK_KERNEL, "rows": "1"}, "field chunk_kernel.rows holds '1', not a whole number"),
     ("chunk_kernel", {"rows": 128, "tile": 64}, "field chunk_kernel.least_tiles is missing"),
+    ("beside", {}, "field beside is no list"),
+    ("beside", [{**BESIDE, "contexts": []}], "field beside[0] must hold decodes, and more than 64 tokens in chunks"),
+    ("beside", [BESIDE, {**BESIDE, "chunks": [[0, 64]]}], "field beside[1] must hold decodes, and more than 64 tokens"),
+    ("beside", [BESIDE, {**BESIDE, "contexts": [340]}], "field beside[1] holds as many tokens in chunks and contexts"),
+    ("beside", [{**BESIDE, "stage_ns": []}], "field beside[0].stage_ns has 0 times for 1 stages"),
     ("checks", {}, "field checks is no list"),
     ("checks.0", 5, "field checks[0] is no object"),
     ("checks.0.chunks", None, "field checks[0].chunks is no list"),

@@ -100,6 +100,54 @@ def test_many_chunks_take_what_each_adds_and_one_long_one_may_take_more(formula)
     assert formula.stage_ns(alone) == [by_hand + 4 * 64 * 2048]
 
 
+def beside(num_tokens, contexts, more_ns):
+    """A measured step of one prompt and decodes, so much longer than formulas have it."""
+    ns = int(sum(stamped([(0, num_tokens)], contexts, num_sampled=len(contexts)))) + more_ns
+    return {"chunks": [[0, num_tokens]], "contexts": contexts, "num_sampled": len(contexts), "stage_ns": [ns]}
+
+
+FEW, MANY = [1024] * 4, [1024] * 8
+BESIDE = [beside(512, FEW, 5000), beside(960, FEW, 9000), beside(960, MANY, 12_000), beside(512, MANY, -2000)]
+
+
+@pytest.mark.parametrize(
+    ("chunks", "contexts", "more_ns"),
+    [
+        ([(0, 512)], FEW, 5000),
+        ([(0, 960)], FEW, 9000),
+        ([(512, 448), (0, 512)], FEW, 9000),  # however many chunks
+        ([(0, 736)], FEW, 7000),
+        ([(0, 288)], FEW, 2500),  # from nothing at a base chunk
+        ([(0, 64)], MANY, 0),
+        ([(0, 16)], MANY, 0),
+        ([(0, 990)], FEW, 9000),  # stays
+        ([(0, 512)], MANY, -2000),
+        ([(0, 960)], [1024] * 6, 10_500),
+        ([(0, 960)], [512] * 12, 10_500),  # the sum of contexts counts
+        ([(0, 960)], [512] * 4, 4500),  # from nothing without
+        ([(0, 960)], [1024] * 32, 12_000),  # stays
+        ([(0, 960)], [], 0),
+        ([], MANY, 0),
+    ],
+)
+def test_prompts_beside_decodes_take_what_was_measured_more(folder, formula, chunks, contexts, more_ns):
+    work, cost = step(chunks, contexts), model(folder, contents(beside=BESIDE))
+    (found,), (without,) = cost.stage_ns(work), formula.stage_ns(work)
+    assert found - without == pytest.approx(more_ns, abs=2)
+    parts, others = cost.components(work), formula.components(work)
+    assert parts["decode_attention"][0] - others["decode_attention"][0] == pytest.approx(more_ns, abs=2)
+    assert cost.notes == []
+
+
+def test_prompts_beside_decodes_elsewhere(folder):
+    work = step([(0, 960)], MANY)
+    stages, alone = (model(folder, each, parallel=Parallel(pp=2)) for each in (contents(beside=BESIDE), contents()))
+    more_ns = [one - other for one, other in zip(stages.stage_ns(work), alone.stage_ns(work), strict=True)]
+    assert more_ns == pytest.approx([12_000 * 15 / 28, 12_000 * 13 / 28], abs=2), "by their layers"
+    other, without = (model(folder, each, gpu="l4") for each in (contents(beside=BESIDE), contents()))
+    assert other.stage_ns(work) == without.stage_ns(work), "what was beyond one GPU's tables is not another's"
+
+
 @pytest.mark.parametrize("num_decode", [3, 9, 33])
 def test_without_graphs_decodes_are_between_the_points(folder, num_decode):
     values = contents(graph_sizes=[], graph_head=None)

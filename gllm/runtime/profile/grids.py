@@ -27,6 +27,10 @@ after a multiple of so many, products take some per cent longer at once."""
 
 _BUSY_TOKENS, _BUSY_CONTEXT = 1280, 1024
 
+_BESIDE_TOKENS, _BESIDE_BATCHES = (512, 1024, 1536, 2048), (16, 64, 256)
+"""Of one prompt beside decodes: with a mean context of 1,024, 16 of these read about as much of a layer's cache as the
+L2 cache of an H200 holds (2 or 4 KiB a token); what more prompt tokens than these keep does not fit there itself."""
+
 _BEYOND_STEP = 128  # between decode batches beyond the largest graph
 _CONTEXTS = (16, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 _MIXED_CONTEXTS = frozenset((16, 512, 2048, 8192))
@@ -114,14 +118,31 @@ class Grid:
         It has as many tokens as a point of `tokens`.
         """
         num_tokens = next((num for num in self.tokens if num >= _BUSY_TOKENS), self.tokens[-1])
-        context = max(each for each in self.contexts if each <= _BUSY_CONTEXT)
         for num in reversed(self.batches):
             if num <= num_tokens // 2:
                 beside = prompts(num_tokens - num, BASE_CHUNK)
-                mix = replace(self.attending(num, context), chunks=beside.chunks)
+                mix = replace(self.attending(num, self._busy_context), chunks=beside.chunks)
                 if self.room.fits(mix):
                     return mix
         return None
+
+    @property
+    def beside(self) -> tuple[Mix, ...]:
+        """One prompt, from 512 to 2,048 tokens and a few, beside few decodes and many; in all a point of `tokens`.
+
+        As far as there is room, and chunks as long are measured alone; fewest decodes first.
+        """
+        found = []
+        for num, least in product(_BESIDE_BATCHES, _BESIDE_TOKENS):
+            sizes = (each - num for each in self.tokens if num + least <= each <= num + self.queries[-1])
+            size = next(sizes, None)
+            if num in self.batches and size is not None:
+                found.append(beside_chunk(self.attending(num, self._busy_context), size))
+        return tuple(mix for mix in dict.fromkeys(found) if self.room.fits(mix))
+
+    @property
+    def _busy_context(self) -> int:
+        return max(each for each in self.contexts if each <= _BUSY_CONTEXT)
 
     def num_each(self, num_tokens: int, start: int) -> int:
         """How many such chunks a step can hold, 16 at most; 0: not one."""
@@ -144,6 +165,7 @@ class Grid:
             *(chunks(1, start, num) for num, start in product(self.queries, self.starts)),
             *each,
             *([self.busy] if self.busy else []),
+            *self.beside,
             *self.checks,
         ]
         return [mix for mix in dict.fromkeys(found) if mix.num_tokens and self.room.fits(mix)]

@@ -48,7 +48,8 @@ def make_tables(grid: Grid, times: Mapping[Mix, Times], transfer_ns: Mapping[int
             "chunked_ns": _gap(times, (grid.base(num) for num in grid.tokens)),
         },
         "transfer": _curve("tokens", transfer_ns) or None,
-        "checks": [_check(mix, times[mix]) for mix in grid.checks],
+        "beside": [_whole_step(mix, times[mix]) for mix in grid.beside],
+        "checks": [_whole_step(mix, times[mix]) for mix in grid.checks],
     }
 
 
@@ -138,7 +139,7 @@ def _gap(times: Mapping[Mix, Times], mixes: Iterable[Mix]) -> int:
     return median_low(found)
 
 
-def _check(mix: Mix, found: Times) -> dict[str, Any]:
+def _whole_step(mix: Mix, found: Times) -> dict[str, Any]:
     return {
         "chunks": mix.chunks,
         "contexts": mix.contexts,
