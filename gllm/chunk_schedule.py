@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     Chunks = Sequence[tuple[int, int]]  # tokens before, tokens
 
 MOST_PARTS = 32  # of a block, as `gllm_kernels.chunk_cut` has it
+MOST_EACH = 16  # equal chunks of a step that is profiled: as many as fit, but no more
 
 # In tiles, as profiled on an H200, where a tile takes 1.35 us.
 _START, _STORE = 1.2, 1.1  # of a program; of a part that another program merges

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gllm.chunk_schedule import ChunkKernel
+from gllm.chunk_schedule import MOST_EACH, ChunkKernel
 from gllm.gpu_clock import GpuClock, PowerLimit
 from gllm.model_shape import ModelShape
 from gllm.parallel import Parallel
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 PROFILES = Path(__file__).with_name("profiles")
 FORMAT, VERSION = "gllm-profile", 1
-MOST_EACH = 16
-"""Equal chunks of one step, at most."""
 
 
 class MeasuredStep(NamedTuple):

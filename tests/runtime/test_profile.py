@@ -17,7 +17,7 @@ from runtime.servers import Command, until
 from runtime.tiny_models import make
 from sim.profiles import CHUNK_KERNEL, SHAPE, contents
 
-from gllm.chunk_schedule import ChunkKernel
+from gllm.chunk_schedule import MOST_EACH, ChunkKernel
 from gllm.core import Limits
 from gllm.gpu_clock import GpuClock, PowerLimit, StageClock
 from gllm.graph_sizes import MAX_CHUNKS
@@ -29,7 +29,7 @@ from gllm.runtime.profile import clock as clock_module
 from gllm.runtime.profile import command, host, profiler
 from gllm.runtime.profile.clock_fit import fit
 from gllm.runtime.profile.command import gist
-from gllm.runtime.profile.grids import BASE_CHUNK, MOST_EACH, Room, make_grid, random_mixes
+from gllm.runtime.profile.grids import BASE_CHUNK, Room, make_grid, random_mixes
 from gllm.runtime.profile.host import host_times
 from gllm.runtime.profile.measure import measure
 from gllm.runtime.profile.session import Session

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import cycle, islice, pairwise, product
 from typing import TYPE_CHECKING
 
+from gllm.chunk_schedule import MOST_EACH
 from gllm.graph_sizes import MAX_CHUNKS
 from gllm.runtime.profile.steps import DRIFT, Mix, beside_chunk, chunks, decodes, prompts, uneven_decodes
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from gllm.core import Limits
 
 BASE_CHUNK = 64
-MOST_EACH = 16
-"""Equal chunks of one step, at most."""
 
 _MOST_TRIES = 1000  # to find a step of one kind: in a small cache there may be none
 
