@@ -205,11 +205,17 @@ def test_sigterm_drains():
         assert server.left() == []
 
 
-def test_ctrl_c_drains():
+@pytest.mark.parametrize("by", ["terminal", "pkill"])
+def test_ctrl_c_drains(by):
+    """So does an interrupt of every process by itself, the engine's and the workers' too."""
     with Serving("--pp", 2) as server:
         flying = InFlight(server.ready(), stream=False)
         until(lambda: server.running() == 1)
-        server.interrupt()
+        if by == "terminal":
+            server.interrupt()
+        else:
+            for pid in server.tree():
+                os.kill(pid, signal.SIGINT)
         status, text = flying.result()
         assert status == 200
         assert json.loads(text)["usage"]["completion_tokens"] == LONG["max_tokens"]
