@@ -36,8 +36,8 @@ def start(module: str, task: Any) -> subprocess.Popen[bytes]:  # noqa: ANN401 - 
 
 
 def read_task(kind: type[_T]) -> _T:
-    """What the parent wants done. From here on interrupts, sent by pkill to all of us, are the parent's business."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """What the parent wants done. Whoever reads it, and whatever it forks, ignores interrupts from here on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # pkill may send all of us one: it is the parent that drains
     # Unbuffered, and not through sys.stdin: a fork must inherit no lock of it.
     with open(os.dup(0), "rb", buffering=0) as task:  # noqa: PTH123 - a descriptor
         return msgspec.json.decode(task.readline(), type=kind)

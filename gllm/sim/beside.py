@@ -8,6 +8,7 @@ decodes' contexts, linearly, from nothing at a base chunk and without decodes; b
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import defaultdict
 from functools import cache
 from typing import TYPE_CHECKING
@@ -27,7 +28,7 @@ class BesideDecodes:
     Args:
         steps: that were measured; of one sum of contexts no two with as many prompt tokens.
         tables_ns: what the tables say of a step.
-        base_chunk: a chunk of so many tokens takes nothing more, all of them more tokens.
+        base_chunk: so many tokens take nothing more; all steps have more tokens in chunks.
     """
 
     def __init__(self, steps: Sequence[MeasuredStep], tables_ns: Callable[[Work], float], base_chunk: int) -> None:
@@ -35,13 +36,20 @@ class BesideDecodes:
         for work, stage_ns in steps:
             more_ns[work.decode_context][work.num_prefill_tokens] = sum(stage_ns) - tables_ns(work)
         self._contexts = (0, *sorted(more_ns))
-        lines = [dict(sorted(more_ns[context].items())) for context in self._contexts[1:]]
-        self._lines = [((0, base_chunk, *line), (0.0, 0.0, *line.values())) for line in lines]
+        self._lines = []
+        for context in self._contexts[1:]:
+            tokens, times = zip(*sorted(more_ns[context].items()), strict=True)
+            at = (0, base_chunk, *tokens)
+            self._lines.append((at, pieces(at, (0.0, 0.0, *times))))
         self.by_context = cache(self._by_context)
 
     def _by_context(self, num_tokens: int) -> Callable[[int], float]:
         """Of chunks of so many tokens in all."""
         contexts = self._contexts
-        times = [0.0, *(inside(at, pieces(at, more_ns), num_tokens) for at, more_ns in self._lines)]
-        parts = pieces(contexts, times)
-        return lambda context: inside(contexts, parts, context)
+        parts = pieces(contexts, [0.0, *(inside(*line, num_tokens) for line in self._lines)])
+
+        def more_ns(context: int) -> float:  # `inside`, without another call on a hot path
+            start, start_ns, slope = parts[bisect_right(contexts, context) - 1]
+            return start_ns + slope * (context - start)
+
+        return more_ns

@@ -28,7 +28,7 @@ FORMAT, VERSION = "gllm-profile", 1
 
 
 class MeasuredStep(NamedTuple):
-    """A step as a whole."""
+    """A whole step as it was measured."""
 
     work: BatchWork
     stage_ns: tuple[int, ...]

@@ -112,8 +112,8 @@ class Profiled:
             ),
         )
         self._decode = cache(self._decode_step)
-        self._beside = BesideDecodes((), self._tables_ns, profile.base_chunk).by_context  # nothing: for what tables say
-        self._beside = BesideDecodes(profile.beside, self._tables_ns, profile.base_chunk).by_context
+        beside = BesideDecodes(profile.beside, lambda work: fsum(self._tables(work)), profile.base_chunk)
+        self._beside = beside.by_context
         # Both products and what a step takes grow with the model: their rate, by the best one, is one of tokens.
         self._best_rate = max((num / ns for num, ns in zip(*profile.tokens, strict=True) if ns), default=1.0)
         tokens, decode = profile.tokens.at, profile.decode.at
@@ -176,10 +176,6 @@ class Profiled:
     def _decode_step(self, num_decode: int) -> _DecodeStep:
         return _DecodeStep(self._decode_ns(num_decode), self._decode_attention(num_decode), self._head_ns(num_decode))
 
-    def _tables_ns(self, work: Work) -> float:
-        """A whole step, as long as nothing is known of chunks beside decodes."""
-        return fsum(self._parts(work))
-
     def stage_ns(self, work: Work) -> list[int]:
         """How long each stage computes."""
         base_ns, decode_ns, prefill_ns, head_ns = self._parts(work)
@@ -225,11 +221,17 @@ class Profiled:
 
     def _chunked_parts(self, work: Work) -> tuple[float, float, float, int]:
         """Of all layers: the tokens' share, decodes, prefill attention; and the head."""
+        base_ns, decode_ns, prefill_ns, head_ns = self._tables(work)
+        if work.num_decode_tokens:
+            decode_ns += self._beside(work.num_prefill_tokens)(tokens_from_memory(work, self._kept_tokens))
+        return base_ns, decode_ns, prefill_ns, head_ns
+
+    def _tables(self, work: Work) -> tuple[float, float, float, int]:
+        """The same by all tables but that of chunks beside decodes, which was measured beyond them."""
         num_decode, decode_ns = work.num_decode_tokens, 0.0
         if num_decode:
             context = tokens_from_memory(work, self._kept_tokens)
             decode_ns = self._mixed(num_decode)(context) + self._decode_attention(num_decode)(context)
-            decode_ns += self._beside(work.num_prefill_tokens)(context)
         num_tokens = work.num_prefill_tokens + num_decode
         base_ns, head_ns = self._tokens_ns(num_tokens), self._head_ns(work.num_sampled)
         return base_ns, decode_ns, self._prefill.time_ns(work.chunks, num_tokens, num_decode), head_ns

@@ -14,7 +14,6 @@ import gc
 import hashlib
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import traceback
@@ -87,7 +86,6 @@ def _load_compiler() -> None:
 
 def _run(config: RuntimeConfig, launcher: int, _working: Connection) -> None:
     """The life of the process that goes ahead. It prints nothing, and takes no memory of a GPU."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     end_with_parent(launcher)
     _silence()
     try:

@@ -68,7 +68,6 @@ _MOURNING_S = 5.0  # the launcher blames whoever ends first: that must be who di
 def work(config: RuntimeConfig, address: str, launcher: int, all_forked: Barrier, ahead: Ahead) -> None:
     """The whole life of a worker; torchrun's environment says which one it is. Never returns normally on an error."""
     tempfile.tempdir = None  # the launcher's is for its own files; who caches there wants to find them again
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # not our parent's handler: die at once, whatever we wait for
     end_with_parent(launcher)
     all_forked.wait()
