@@ -324,7 +324,7 @@ def test_prompts_beside_decodes_take_more(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "one_ns", lambda start, num: 7 * num * start + 900 * max(0, num - BASE_CHUNK))
     where = room(max_tokens=1400, max_num_seqs=100, num_blocks=20_000)
     grid, tables, _ = measured(where)
-    sizes = [(16, 560), (16, 1136), (64, 512), (64, 1088)]  # as many tokens as points of `tokens`
+    sizes = [(16, 496), (16, 1008), (16, 1136), (64, 512), (64, 960), (64, 1088)]  # in all a point of `tokens`
     assert [(len(mix.contexts), mix.chunks) for mix in grid.beside] == [(num, ((0, size),)) for num, size in sizes]
     assert {sum(mix.contexts) for mix in grid.beside} == {16 * 1024, 64 * 1024}
     path = tmp_path / "found.json"
@@ -342,6 +342,19 @@ def test_prompts_beside_decodes_take_more(tmp_path, monkeypatch):
             expected = beside_ns(min(num_tokens, 1136 if sum(contexts) <= 30_000 else 1088), contexts)
             assert took_ns - without_ns == pytest.approx(expected, rel=0.02, abs=2), (chunks, contexts)
             assert known.components(work)["prefill_attention"] == unknown.components(work)["prefill_attention"]
+
+
+def test_prompts_beside_decodes_are_about_as_long_whatever_is_captured():
+    where = {"max_tokens": 2560, "max_num_seqs": 512, "max_model_len": 9000, "num_blocks": 40_000}
+    for sizes in ((), (*TOKEN_GRAPHS, 512, 1088), (*TOKEN_GRAPHS, 256, 512, 640, 768, *range(1024, 2561, 256))):
+        grid = make_grid(room(token_graph_sizes=sizes, **where))
+        pairs = list(product((16, 64, 256), (512, 1024, 1536, 2048)))
+        assert [len(mix.contexts) for mix in grid.beside] == [num for num, _ in pairs]
+        for mix, (num, about) in zip(grid.beside, pairs, strict=True):
+            ((start, size),) = mix.chunks
+            assert (start, size + num in grid.tokens, sum(mix.contexts)) == (0, True, num * 1024)
+            assert about - 256 <= size <= min(about + 128, 2048), "as long as chunks that are measured alone"
+    assert make_grid(room(**where | {"max_num_seqs": 15})).beside == (), "no room for 16"
 
 
 def test_points_of_tokens_are_what_is_captured_and_what_is_beyond():

@@ -127,15 +127,15 @@ class Grid:
 
     @property
     def beside(self) -> tuple[Mix, ...]:
-        """One prompt, from 512 to 2,048 tokens and a few, beside few decodes and many; in all a point of `tokens`.
+        """One prompt, of about 512 to 2,048 tokens, beside few decodes and many; in all a point of `tokens`.
 
         As far as there is room, and chunks as long are measured alone; fewest decodes first.
         """
         found = []
-        for num, least in product(_BESIDE_BATCHES, _BESIDE_TOKENS):
-            sizes = (each - num for each in self.tokens if num + least <= each <= num + self.queries[-1])
-            size = next(sizes, None)
-            if num in self.batches and size is not None:
+        for num, about in product(_BESIDE_BATCHES, _BESIDE_TOKENS):
+            sizes = [each - num for each in self.tokens if BASE_CHUNK < each - num <= self.queries[-1]]
+            if num in self.batches and sizes:
+                size = min(sizes, key=lambda each: abs(each - about))
                 found.append(beside_chunk(self.attending(num, self._busy_context), size))
         return tuple(mix for mix in dict.fromkeys(found) if self.room.fits(mix))
 
